@@ -1576,13 +1576,16 @@ func (x *ProcessState) GetPid() int32 {
 }
 
 type ReadOutputRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Process       *ProcessRef            `protobuf:"bytes,1,opt,name=process,proto3" json:"process,omitempty"`
-	StdoutOffset  uint64                 `protobuf:"varint,2,opt,name=stdout_offset,json=stdoutOffset,proto3" json:"stdout_offset,omitempty"`
-	StderrOffset  uint64                 `protobuf:"varint,3,opt,name=stderr_offset,json=stderrOffset,proto3" json:"stderr_offset,omitempty"`
-	MaxBytes      int64                  `protobuf:"varint,4,opt,name=max_bytes,json=maxBytes,proto3" json:"max_bytes,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	Process      *ProcessRef            `protobuf:"bytes,1,opt,name=process,proto3" json:"process,omitempty"`
+	StdoutOffset uint64                 `protobuf:"varint,2,opt,name=stdout_offset,json=stdoutOffset,proto3" json:"stdout_offset,omitempty"`
+	StderrOffset uint64                 `protobuf:"varint,3,opt,name=stderr_offset,json=stderrOffset,proto3" json:"stderr_offset,omitempty"`
+	MaxBytes     int64                  `protobuf:"varint,4,opt,name=max_bytes,json=maxBytes,proto3" json:"max_bytes,omitempty"`
+	// All bytes before these are safe with the host. Never more than the offsets.
+	StdoutAcknowledged uint64 `protobuf:"varint,5,opt,name=stdout_acknowledged,json=stdoutAcknowledged,proto3" json:"stdout_acknowledged,omitempty"`
+	StderrAcknowledged uint64 `protobuf:"varint,6,opt,name=stderr_acknowledged,json=stderrAcknowledged,proto3" json:"stderr_acknowledged,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *ReadOutputRequest) Reset() {
@@ -1639,6 +1642,20 @@ func (x *ReadOutputRequest) GetStderrOffset() uint64 {
 func (x *ReadOutputRequest) GetMaxBytes() int64 {
 	if x != nil {
 		return x.MaxBytes
+	}
+	return 0
+}
+
+func (x *ReadOutputRequest) GetStdoutAcknowledged() uint64 {
+	if x != nil {
+		return x.StdoutAcknowledged
+	}
+	return 0
+}
+
+func (x *ReadOutputRequest) GetStderrAcknowledged() uint64 {
+	if x != nil {
+		return x.StderrAcknowledged
 	}
 	return 0
 }
@@ -2881,12 +2898,14 @@ const file_agent_proto_rawDesc = "" +
 	"\x13exited_at_unix_nano\x18\a \x01(\x03R\x10exitedAtUnixNano\x12\x1d\n" +
 	"\n" +
 	"oom_killed\x18\b \x01(\bR\toomKilled\x12\x10\n" +
-	"\x03pid\x18\t \x01(\x05R\x03pid\"\xb4\x01\n" +
+	"\x03pid\x18\t \x01(\x05R\x03pid\"\x96\x02\n" +
 	"\x11ReadOutputRequest\x128\n" +
 	"\aprocess\x18\x01 \x01(\v2\x1e.vmruntime.agent.v1.ProcessRefR\aprocess\x12#\n" +
 	"\rstdout_offset\x18\x02 \x01(\x04R\fstdoutOffset\x12#\n" +
 	"\rstderr_offset\x18\x03 \x01(\x04R\fstderrOffset\x12\x1b\n" +
-	"\tmax_bytes\x18\x04 \x01(\x03R\bmaxBytes\"\x97\x01\n" +
+	"\tmax_bytes\x18\x04 \x01(\x03R\bmaxBytes\x12/\n" +
+	"\x13stdout_acknowledged\x18\x05 \x01(\x04R\x12stdoutAcknowledged\x12/\n" +
+	"\x13stderr_acknowledged\x18\x06 \x01(\x04R\x12stderrAcknowledged\"\x97\x01\n" +
 	"\x12ReadOutputResponse\x127\n" +
 	"\x06chunks\x18\x01 \x03(\v2\x1f.vmruntime.agent.v1.OutputChunkR\x06chunks\x12\x10\n" +
 	"\x03eof\x18\x02 \x01(\bR\x03eof\x126\n" +
