@@ -1,0 +1,143 @@
+package network
+
+import (
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"os"
+
+	"github.com/containerd/errdefs"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// tapName derives a tap's name from its interface's, within the kernel's 15 bytes.
+func tapName(ifName string) string {
+	const prefix = "tap-"
+	if len(prefix)+len(ifName) < unix.IFNAMSIZ {
+		return prefix + ifName
+	}
+	h := fnv.New32a()
+	h.Write([]byte(ifName))
+	return fmt.Sprintf("%s%08x", prefix, h.Sum32())
+}
+
+// openTap opens a tap of the thread's network namespace and makes it when it is not there. Frames carry a virtio-net
+// header, so that checksums and segmentation are left to whoever needs them done.
+func openTap(name string) (*os.File, error) {
+	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open /dev/net/tun, which taps are made by; load the module tun: %w", err)
+	}
+	req, err := unix.NewIfreq(name)
+	if err == nil {
+		req.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
+		err = unix.IoctlIfreq(fd, unix.TUNSETIFF, req)
+	}
+	if err != nil {
+		unix.Close(fd)
+		if errors.Is(err, unix.EBUSY) {
+			return nil, fmt.Errorf("tap %s is in use by another guest: %w", name, errdefs.ErrFailedPrecondition)
+		}
+		return nil, fmt.Errorf("attach to tap %s: %w", name, err)
+	}
+	return os.NewFile(uintptr(fd), name), nil
+}
+
+// connectTaps makes a tap beside each interface and ties the two together.
+func (a *Attachment) connectTaps() error {
+	for _, i := range a.Interfaces {
+		if err := makeTap(i); err != nil {
+			return fmt.Errorf("make tap %s: %w", i.Tap, err)
+		}
+		if err := connect(i.Name, i.Tap); err != nil {
+			return fmt.Errorf("connect %s with tap %s: %w", i.Name, i.Tap, err)
+		}
+	}
+	return nil
+}
+
+func makeTap(i Interface) error {
+	f, err := openTap(i.Tap)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := unix.IoctlSetInt(int(f.Fd()), unix.TUNSETPERSIST, 1); err != nil {
+		return fmt.Errorf("make it persistent: %w", err)
+	}
+	// The tap is a wire: an IPv6 stack on it would talk to the guest.
+	err = os.WriteFile("/proc/sys/net/ipv6/conf/"+i.Tap+"/disable_ipv6", []byte("1"), 0)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("keep IPv6 off it: %w", err)
+	}
+	link, err := netlink.LinkByName(i.Tap)
+	if err != nil {
+		return err
+	}
+	if err := netlink.LinkSetMTU(link, i.MTU); err != nil {
+		return fmt.Errorf("set its MTU to %d: %w", i.MTU, err)
+	}
+	return netlink.LinkSetUp(link)
+}
+
+func connect(a, b string) error {
+	la, err := netlink.LinkByName(a)
+	if err != nil {
+		return err
+	}
+	lb, err := netlink.LinkByName(b)
+	if err != nil {
+		return err
+	}
+	return errors.Join(redirect(la, lb), redirect(lb, la))
+}
+
+// redirect sends all that comes in on one link out of the other. The filter is u32 without a condition: every kernel
+// with tc has it, unlike matchall.
+func redirect(from, to netlink.Link) error {
+	index := from.Attrs().Index
+	err := netlink.QdiscAdd(&netlink.Ingress{QdiscAttrs: netlink.QdiscAttrs{
+		LinkIndex: index, Parent: netlink.HANDLE_INGRESS, Handle: netlink.MakeHandle(0xffff, 0),
+	}})
+	if err != nil && !errors.Is(err, unix.EEXIST) { // a plugin may have made one
+		return fmt.Errorf("add an ingress qdisc to %s: %w", from.Attrs().Name, err)
+	}
+	err = netlink.FilterAdd(&netlink.U32{
+		FilterAttrs: netlink.FilterAttrs{
+			LinkIndex: index, Parent: netlink.MakeHandle(0xffff, 0), Priority: 1, Protocol: unix.ETH_P_ALL,
+		},
+		Actions: []netlink.Action{netlink.NewMirredAction(to.Attrs().Index)},
+	})
+	if err != nil {
+		return fmt.Errorf("redirect %s to %s with tc (needs cls_u32 and act_mirred): %w", from.Attrs().Name, to.Attrs().Name, err)
+	}
+	return nil
+}
+
+// OpenTaps opens the tap of each interface, in their order, for QEMU to use: IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, not
+// blocking. A descriptor works in any process of any user and namespace. One tap can be open once; while the last
+// guest's QEMU has it the error is ErrFailedPrecondition, and ErrNotFound when the network is gone.
+func (m *Manager) OpenTaps(a *Attachment) ([]*os.File, error) {
+	var files []*os.File
+	err := inNetNS(a.NetNS, func() error {
+		for _, i := range a.Interfaces {
+			if _, err := netlink.LinkByName(i.Tap); err != nil {
+				return fmt.Errorf("tap %s of interface %s: %w: %w", i.Tap, i.Name, err, errdefs.ErrNotFound)
+			}
+			f, err := openTap(i.Tap)
+			if err != nil {
+				return err
+			}
+			files = append(files, f)
+		}
+		return nil
+	})
+	if err != nil {
+		for _, f := range files {
+			f.Close()
+		}
+		return nil, fmt.Errorf("open the taps of %s: %w", a.NetNS, err)
+	}
+	return files, nil
+}
