@@ -1,0 +1,91 @@
+package guest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// crunTimeout bounds one run of crun. A call that the host has given up on goes on until then, so that
+// nothing is left half made.
+const crunTimeout = 2 * time.Minute
+
+// crunCall is one command line of crun.
+type crunCall struct {
+	// log is the path of crun's log, where errors are.
+	log     string
+	args    []string
+	pidFile string
+	// last are the arguments behind all options.
+	last []string
+}
+
+// crun runs crun and waits for it. The files are the standard streams, which run and exec hand to the
+// container's process. The error has crun's own text.
+func (s *Server) crun(ctx context.Context, c crunCall, files [3]uintptr) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), crunTimeout)
+	defer cancel()
+	argv := append([]string{s.opts.Crun, "--cgroup-manager=cgroupfs", "--root", s.opts.CrunRoot, "--log", c.log}, c.args...)
+	if c.pidFile != "" {
+		argv = append(argv, "--pid-file", c.pidFile)
+	}
+	argv = append(argv, c.last...)
+	_ = os.Remove(c.log)
+	code, err := s.reaper.runProgram(ctx, argv, files[:])
+	if err != nil {
+		return err
+	}
+	if code == 0 {
+		return nil
+	}
+	return fmt.Errorf("crun %s: %s", c.args[0], crunError(c.log, code))
+}
+
+// crunQuiet is crun for commands without a process of their own.
+func (s *Server) crunQuiet(ctx context.Context, c crunCall) error {
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer null.Close()
+	return s.crun(ctx, c, [3]uintptr{null.Fd(), null.Fd(), null.Fd()})
+}
+
+// crunError reads the reasons out of crun's log: lines of "TIME: TEXT", the cause first.
+func crunError(log string, code int) string {
+	data, err := os.ReadFile(log)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Sprintf("exit status %d, and its log: %v", code, err)
+	}
+	var reasons []string
+	for line := range strings.Lines(string(data)) {
+		line = strings.TrimSpace(line)
+		if stamp, text, ok := strings.Cut(line, "Z: "); ok && strings.Contains(stamp, "T") {
+			line = text
+		}
+		if line != "" {
+			reasons = append(reasons, line)
+		}
+	}
+	if len(reasons) == 0 {
+		return fmt.Sprintf("exit status %d", code)
+	}
+	return strings.Join(reasons, "; ")
+}
+
+func readInt(path string) (int64, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return 0, err
+	}
+	n, err := strconv.ParseInt(strings.TrimSpace(string(data)), 10, 64)
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", filepath.Base(path), err)
+	}
+	return n, nil
+}

@@ -1,0 +1,306 @@
+package guest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/vmruntime/vmruntime/agent/agentpb"
+)
+
+const (
+	stdout = 0
+	stderr = 1
+
+	defaultOutputBuffer = 1 << 20
+	maxChunk            = 32 << 10
+	// joinWindow is how far apart reads of one stream may be that become one chunk.
+	joinWindow = 5 * time.Millisecond
+	// chunkCost is counted for each chunk besides its bytes, so that tiny writes keep within the bound.
+	chunkCost = 64
+
+	// After the process's end its children may keep a pipe open. The stream ends when it has been silent
+	// for drainIdle, or drainMax after that end.
+	drainIdle = time.Second
+	drainMax  = 10 * time.Second
+)
+
+type chunk struct {
+	stream int
+	offset uint64
+	data   []byte
+	at     time.Time
+}
+
+func (c *chunk) end() uint64 { return c.offset + uint64(len(c.data)) }
+
+type stream struct {
+	acked uint64 // what is before is forgotten
+	end   uint64
+	held  int64 // bytes and costs of the chunks
+	open  bool
+	file  *os.File
+}
+
+// output keeps what a process wrote until the host has acknowledged it. A stream with its bound of
+// unacknowledged bytes is not read, which blocks the writer like a full pipe.
+type output struct {
+	limit int64
+	pumps sync.WaitGroup
+
+	mu      sync.Mutex
+	changed chan struct{} // closed at each change
+	chunks  []chunk       // of both streams, in the order read
+	streams [2]stream
+	exited  time.Time
+	stopped bool
+}
+
+func newOutput(limit int64) *output {
+	if limit <= 0 {
+		limit = defaultOutputBuffer
+	}
+	o := &output{limit: limit, changed: make(chan struct{})}
+	o.streams[stdout].open, o.streams[stderr].open = true, true
+	return o
+}
+
+// attach reads a stream from f, which must be pollable and which it owns from now on; nil ends the stream.
+func (o *output) attach(id int, f *os.File) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if f == nil || o.stopped {
+		o.streams[id].open = false
+		o.announce()
+		if f != nil {
+			_ = f.Close()
+		}
+		return
+	}
+	o.streams[id].file = f
+	o.pumps.Go(func() { o.pump(id, f) })
+}
+
+func (o *output) announce() {
+	close(o.changed)
+	o.changed = make(chan struct{})
+}
+
+func (o *output) pump(id int, f *os.File) {
+	defer func() {
+		_ = f.Close()
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		o.streams[id].open, o.streams[id].file = false, nil
+		o.announce()
+	}()
+	buf := make([]byte, maxChunk)
+	for {
+		room := o.room(id)
+		if room <= 0 {
+			return
+		}
+		if !o.armDeadline(f) {
+			return
+		}
+		n, err := f.Read(buf[:min(room, int64(len(buf)))])
+		if n > 0 {
+			o.add(id, buf[:n])
+		}
+		// A terminal gives EIO when its last user has gone.
+		if errors.Is(err, os.ErrDeadlineExceeded) && !o.draining() {
+			continue
+		}
+		if err != nil || n == 0 {
+			return
+		}
+	}
+}
+
+// room waits until the stream may take bytes and tells how many; 0 when it is to stop.
+func (o *output) room(id int) int64 {
+	for {
+		o.mu.Lock()
+		free, changed, stopped := o.limit-o.streams[id].held, o.changed, o.stopped
+		o.mu.Unlock()
+		if stopped {
+			return 0
+		}
+		if free > 0 {
+			return free
+		}
+		<-changed
+	}
+}
+
+// armDeadline bounds the next read once the process has ended. It tells false when the time is over.
+func (o *output) armDeadline(f *os.File) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.exited.IsZero() {
+		return true
+	}
+	return time.Since(o.exited) < drainMax && f.SetReadDeadline(time.Now().Add(drainIdle)) == nil
+}
+
+func (o *output) draining() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return !o.exited.IsZero() || o.stopped
+}
+
+// finish says that the process has ended.
+func (o *output) finish() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.exited = time.Now()
+	for i := range o.streams {
+		if f := o.streams[i].file; f != nil {
+			_ = f.SetReadDeadline(time.Now().Add(drainIdle))
+		} else {
+			// Never attached: the process did not start.
+			o.streams[i].open = false
+		}
+	}
+	o.announce()
+}
+
+// stop ends both streams at once and waits for their readers.
+func (o *output) stop() {
+	o.mu.Lock()
+	o.stopped = true
+	for i := range o.streams {
+		o.streams[i].open = o.streams[i].file != nil
+		if f := o.streams[i].file; f != nil {
+			_ = f.SetReadDeadline(time.Now())
+		}
+	}
+	o.announce()
+	o.mu.Unlock()
+	o.pumps.Wait()
+}
+
+func (o *output) add(id int, p []byte) {
+	now := time.Now()
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	s := &o.streams[id]
+	s.held += int64(len(p))
+	if n := len(o.chunks); n > 0 {
+		last := &o.chunks[n-1]
+		if last.stream == id && len(last.data)+len(p) <= maxChunk && now.Sub(last.at) < joinWindow {
+			// Readers hold the shorter slice; what is appended lies behind it.
+			last.data = append(last.data, p...)
+			s.end += uint64(len(p))
+			o.announce()
+			return
+		}
+	}
+	o.chunks = append(o.chunks, chunk{stream: id, offset: s.end, data: append([]byte(nil), p...), at: now})
+	s.held += chunkCost
+	s.end += uint64(len(p))
+	o.announce()
+}
+
+// read acknowledges all before the given offsets and waits for something beyond them: chunks of at most
+// limit bytes together, or the end of both streams. When ctx ends it gives nothing.
+func (o *output) read(ctx context.Context, offsets [2]uint64, limit int64) (chunks []*agentpb.OutputChunk, eof bool, err error) {
+	for {
+		o.mu.Lock()
+		if err := o.acknowledge(offsets); err != nil {
+			o.mu.Unlock()
+			return nil, false, err
+		}
+		chunks = o.beyond(offsets, limit)
+		ended := !o.streams[stdout].open && !o.streams[stderr].open
+		changed := o.changed
+		o.mu.Unlock()
+		if len(chunks) > 0 {
+			return chunks, false, nil
+		}
+		if ended {
+			return nil, true, nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return nil, false, nil
+		}
+	}
+}
+
+func (o *output) acknowledge(offsets [2]uint64) error {
+	for id, off := range offsets {
+		s := &o.streams[id]
+		if off > s.end {
+			return fmt.Errorf("offset %d of %s is beyond the %d bytes written: %w", off, streamName(id), s.end, errdefs.ErrOutOfRange)
+		}
+		if off < s.acked {
+			return fmt.Errorf("offset %d of %s has been acknowledged and forgotten, the first one kept is %d: %w",
+				off, streamName(id), s.acked, errdefs.ErrOutOfRange)
+		}
+	}
+	if offsets[stdout] == o.streams[stdout].acked && offsets[stderr] == o.streams[stderr].acked {
+		return nil
+	}
+	for id, off := range offsets {
+		o.streams[id].acked = off
+	}
+	o.forget(offsets)
+	o.announce()
+	return nil
+}
+
+// forget drops the chunks that lie wholly before the offsets. A chunk that lies partly before one is kept whole.
+func (o *output) forget(offsets [2]uint64) {
+	kept := o.chunks[:0]
+	for _, c := range o.chunks {
+		if c.end() > offsets[c.stream] {
+			kept = append(kept, c)
+		} else {
+			o.streams[c.stream].held -= int64(len(c.data)) + chunkCost
+		}
+	}
+	clear(o.chunks[len(kept):])
+	o.chunks = kept
+}
+
+func (o *output) beyond(offsets [2]uint64, limit int64) []*agentpb.OutputChunk {
+	var chunks []*agentpb.OutputChunk
+	for _, c := range o.chunks {
+		skip := uint64(0)
+		if off := offsets[c.stream]; off > c.offset {
+			skip = off - c.offset
+		}
+		data := c.data[skip:]
+		if len(data) == 0 {
+			continue
+		}
+		if int64(len(data)) > limit {
+			if len(chunks) > 0 {
+				break
+			}
+			data = data[:limit]
+		}
+		limit -= int64(len(data))
+		chunks = append(chunks, &agentpb.OutputChunk{
+			Stream: agentpb.OutputChunk_Stream(c.stream), Offset: c.offset + skip, Data: data, TimeUnixNano: c.at.UnixNano(),
+		})
+		if limit <= 0 {
+			break
+		}
+	}
+	return chunks
+}
+
+func streamName(id int) string {
+	if id == stdout {
+		return "stdout"
+	}
+	return "stderr"
+}
