@@ -78,11 +78,7 @@ func (m *Manager) findPlugins(list *libcni.NetworkConfigList) error {
 }
 
 // addToCNI runs ADD and returns the interfaces that results name, the primary one first.
-func (m *Manager) addToCNI(ctx context.Context, req Request, path string) ([]string, error) {
-	c, err := m.load()
-	if err != nil {
-		return nil, err
-	}
+func addToCNI(ctx context.Context, c gocni.CNI, req Request, path string) ([]string, error) {
 	opts, err := req.cniOptions()
 	if err != nil {
 		return nil, err
@@ -122,10 +118,8 @@ func (m *Manager) cachedAttachments(id string) ([]*libcni.NetworkAttachment, err
 // removeFromCNI runs DEL for every attachment on record, with the configuration it was made with. An ADD that failed
 // has left none, so DEL runs also by the node's configuration, except when that is on record in full.
 func (m *Manager) removeFromCNI(ctx context.Context, req Request, path string) error {
-	mounted := isNetNS(path)
-	delPath := path
-	if !mounted {
-		delPath = ""
+	if !isNetNS(path) {
+		path = "" // how CNI is told that the namespace is gone
 	}
 	cached, err := m.cachedAttachments(req.ID)
 	if err != nil {
@@ -135,16 +129,11 @@ func (m *Manager) removeFromCNI(ctx context.Context, req Request, path string) e
 	recorded := map[string]bool{}
 	for _, a := range cached {
 		recorded[a.Network+"/"+a.IfName] = true
-		errs = append(errs, m.removeCached(ctx, a, delPath))
+		errs = append(errs, m.removeCached(ctx, a, path))
 	}
-	c, err := m.load()
-	switch {
-	case err == nil:
-		if !allRecorded(c, recorded) {
-			errs = append(errs, removeByConfig(ctx, c, req, delPath))
-		}
-	case mounted && len(cached) == 0 && !errors.Is(err, errdefs.ErrUnavailable):
-		errs = append(errs, err)
+	// Setup makes no namespace while there is no usable configuration, so without one there is nothing more to give back.
+	if c, err := m.load(); err == nil && !allRecorded(c, recorded) {
+		errs = append(errs, removeByConfig(ctx, c, req, path))
 	}
 	return errors.Join(errs...)
 }

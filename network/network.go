@@ -28,6 +28,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	gocni "github.com/containerd/go-cni"
 )
 
 // teardownTimeout bounds the teardown of one pod; setupTimeout, its set-up. Both are far above what
@@ -155,21 +156,25 @@ func (m *Manager) Setup(ctx context.Context, req Request) (*Attachment, error) {
 	if err := req.validate(); err != nil {
 		return nil, err
 	}
+	c, err := m.load()
+	if err != nil {
+		return nil, err
+	}
 	path := m.NetNSPath(req.ID)
 	if err := makeNetNS(path); err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, setupTimeout)
 	defer cancel()
-	a, err := m.attach(ctx, req, path)
+	a, err := attach(ctx, c, req, path)
 	if err != nil {
 		return nil, errors.Join(err, m.Teardown(context.WithoutCancel(ctx), req))
 	}
 	return a, nil
 }
 
-func (m *Manager) attach(ctx context.Context, req Request, path string) (*Attachment, error) {
-	order, err := m.addToCNI(ctx, req, path)
+func attach(ctx context.Context, c gocni.CNI, req Request, path string) (*Attachment, error) {
+	order, err := addToCNI(ctx, c, req, path)
 	if err != nil {
 		return nil, err
 	}

@@ -6,8 +6,8 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// InterfaceStats are the counters of one interface since the pod began, as the pod sees them: Rx is what came to it. Drops
-// include what arrived while no guest was running.
+// InterfaceStats are the counters of one interface since the pod began, as the pod sees them: Rx is what came to it. What
+// arrives while no guest runs is lost and not counted, as on a cable that is not plugged in.
 type InterfaceStats struct {
 	Name                                    string
 	RxBytes, RxPackets, RxErrors, RxDropped uint64
