@@ -90,7 +90,7 @@ type NetworkConfig struct {
 
 // CgroupConfig is the section [cgroup].
 type CgroupConfig struct {
-	Driver string `toml:"driver" comment:"cgroupfs, systemd or auto: what containerd uses. It has to be the kubelet's."`
+	Driver string `toml:"driver" comment:"cgroupfs, systemd or auto: what containerd says. Has to be set only for containerd 1.7, which cannot say it, and then to\nwhat containerd and kubelet use."`
 }
 
 // Size is a number of bytes, written like 256MiB.
