@@ -70,6 +70,30 @@ exec sleep 600
 	n.checkLeaks(countFDs(t))
 }
 
+// What CNI made may be of no use to a VM; that is found out after ADD.
+func TestUnusableNetworkLeavesNothing(t *testing.T) {
+	for name, c := range map[string]struct{ command, want string }{
+		"interface down": {"ip link set eth0 down", "no Ethernet interface that is up"},
+		"several gateways": {
+			"ip route add 10.96.0.0/16 nexthop via 10.99.0.1 dev eth0 nexthop via 10.99.0.9 dev eth0", "can have one gateway",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t)
+			n.plugin("after", `
+if [ $CNI_COMMAND = DEL ]; then exit; fi
+conf=$(cat)
+nsenter --net=$CNI_NETNS `+c.command+`
+echo "$conf" | sed 's/.*"prevResult":\({.*}\),"type".*/\1/'
+`)
+			n.network(withPlugin("after"))
+			if _, err := n.Setup(t.Context(), request("unusable")); err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("Setup: %v; want %q", err, c.want)
+			}
+		})
+	}
+}
+
 func TestFailedDelIsTriedAgain(t *testing.T) {
 	n := newNode(t)
 	n.plugin("stubborn", `

@@ -203,6 +203,16 @@ func (n *node) checkLeaks(fds int) {
 			}
 		}
 	}
+	home, err := os.Readlink("/proc/self/ns/net")
+	if err != nil {
+		n.t.Error(err)
+	}
+	threads, _ := filepath.Glob("/proc/self/task/*/ns/net")
+	for _, thread := range threads {
+		if ns, err := os.Readlink(thread); err == nil && ns != home { // a thread may have ended by now
+			n.t.Errorf("%s is still in another network namespace", thread)
+		}
+	}
 	if now := countFDs(n.t); now > fds {
 		n.t.Errorf("%d descriptors are open, %d were before the test", now, fds)
 	}

@@ -313,6 +313,7 @@ fi
 echo '`+second+`' | CNI_IFNAME=network-1-quite bridge-real >/dev/null
 nsenter --net=$CNI_NETNS ip route replace default via 169.254.1.1 dev eth0 onlink
 nsenter --net=$CNI_NETNS ip neigh replace 169.254.1.1 lladdr 02:00:00:00:00:01 dev eth0 nud permanent
+nsenter --net=$CNI_NETNS tc qdisc add dev eth0 clsact
 nsenter --net=$CNI_NETNS ip route add 10.96.0.0/16 via 10.97.0.1 dev network-1-quite mtu 1200 table 100
 echo "$conf" | sed 's/.*"prevResult":\({.*}\),"type".*/\1/'
 `)

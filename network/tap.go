@@ -100,12 +100,12 @@ func redirect(from, to netlink.Link) error {
 	err := netlink.QdiscAdd(&netlink.Ingress{QdiscAttrs: netlink.QdiscAttrs{
 		LinkIndex: index, Parent: netlink.HANDLE_INGRESS, Handle: netlink.MakeHandle(0xffff, 0),
 	}})
-	if err != nil && !errors.Is(err, unix.EEXIST) { // a plugin may have made one
+	if err != nil && !errors.Is(err, unix.EEXIST) { // a plugin may have made one, or a clsact, which serves as well
 		return fmt.Errorf("add an ingress qdisc to %s: %w", from.Attrs().Name, err)
 	}
 	err = netlink.FilterAdd(&netlink.U32{
 		FilterAttrs: netlink.FilterAttrs{
-			LinkIndex: index, Parent: netlink.MakeHandle(0xffff, 0), Priority: 1, Protocol: unix.ETH_P_ALL,
+			LinkIndex: index, Parent: netlink.HANDLE_MIN_INGRESS, Priority: 1, Protocol: unix.ETH_P_ALL,
 		},
 		Actions: []netlink.Action{netlink.NewMirredAction(to.Attrs().Index)},
 	})
