@@ -120,7 +120,7 @@ func (x OutputChunk_Stream) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use OutputChunk_Stream.Descriptor instead.
 func (OutputChunk_Stream) EnumDescriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{24, 0}
+	return file_agent_proto_rawDescGZIP(), []int{25, 0}
 }
 
 type Empty struct {
@@ -298,7 +298,8 @@ type ConfigureSandboxRequest struct {
 	// Size of the tmpfs at /run/vm/sandbox/shm.
 	ShmSizeBytes int64 `protobuf:"varint,10,opt,name=shm_size_bytes,json=shmSizeBytes,proto3" json:"shm_size_bytes,omitempty"`
 	// Starts a process that holds a PID namespace for the containers that ask for POD.
-	PodPidNamespace bool `protobuf:"varint,11,opt,name=pod_pid_namespace,json=podPidNamespace,proto3" json:"pod_pid_namespace,omitempty"`
+	PodPidNamespace bool        `protobuf:"varint,11,opt,name=pod_pid_namespace,json=podPidNamespace,proto3" json:"pod_pid_namespace,omitempty"`
+	Neighbors       []*Neighbor `protobuf:"bytes,12,rep,name=neighbors,proto3" json:"neighbors,omitempty"`
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -410,6 +411,13 @@ func (x *ConfigureSandboxRequest) GetPodPidNamespace() bool {
 	return false
 }
 
+func (x *ConfigureSandboxRequest) GetNeighbors() []*Neighbor {
+	if x != nil {
+		return x.Neighbors
+	}
+	return nil
+}
+
 type Interface struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -492,7 +500,9 @@ type Route struct {
 	Scope    int32 `protobuf:"varint,6,opt,name=scope,proto3" json:"scope,omitempty"`
 	Priority int32 `protobuf:"varint,7,opt,name=priority,proto3" json:"priority,omitempty"`
 	// 0 is the main table.
-	Table         int32 `protobuf:"varint,8,opt,name=table,proto3" json:"table,omitempty"`
+	Table int32 `protobuf:"varint,8,opt,name=table,proto3" json:"table,omitempty"`
+	// The gateway is reached directly though no route covers it.
+	OnLink        bool `protobuf:"varint,9,opt,name=on_link,json=onLink,proto3" json:"on_link,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -583,6 +593,74 @@ func (x *Route) GetTable() int32 {
 	return 0
 }
 
+func (x *Route) GetOnLink() bool {
+	if x != nil {
+		return x.OnLink
+	}
+	return false
+}
+
+// Neighbor is a permanent ARP or NDP entry.
+type Neighbor struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Address       string                 `protobuf:"bytes,1,opt,name=address,proto3" json:"address,omitempty"`
+	Mac           string                 `protobuf:"bytes,2,opt,name=mac,proto3" json:"mac,omitempty"`
+	Interface     string                 `protobuf:"bytes,3,opt,name=interface,proto3" json:"interface,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Neighbor) Reset() {
+	*x = Neighbor{}
+	mi := &file_agent_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Neighbor) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Neighbor) ProtoMessage() {}
+
+func (x *Neighbor) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Neighbor.ProtoReflect.Descriptor instead.
+func (*Neighbor) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *Neighbor) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *Neighbor) GetMac() string {
+	if x != nil {
+		return x.Mac
+	}
+	return ""
+}
+
+func (x *Neighbor) GetInterface() string {
+	if x != nil {
+		return x.Interface
+	}
+	return ""
+}
+
 type PutFilesRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// One or more path elements below /run/vm/files; no "..".
@@ -596,7 +674,7 @@ type PutFilesRequest struct {
 
 func (x *PutFilesRequest) Reset() {
 	*x = PutFilesRequest{}
-	mi := &file_agent_proto_msgTypes[6]
+	mi := &file_agent_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -608,7 +686,7 @@ func (x *PutFilesRequest) String() string {
 func (*PutFilesRequest) ProtoMessage() {}
 
 func (x *PutFilesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[6]
+	mi := &file_agent_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -621,7 +699,7 @@ func (x *PutFilesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutFilesRequest.ProtoReflect.Descriptor instead.
 func (*PutFilesRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{6}
+	return file_agent_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *PutFilesRequest) GetName() string {
@@ -661,7 +739,7 @@ type FileEntry struct {
 
 func (x *FileEntry) Reset() {
 	*x = FileEntry{}
-	mi := &file_agent_proto_msgTypes[7]
+	mi := &file_agent_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -673,7 +751,7 @@ func (x *FileEntry) String() string {
 func (*FileEntry) ProtoMessage() {}
 
 func (x *FileEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[7]
+	mi := &file_agent_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -686,7 +764,7 @@ func (x *FileEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileEntry.ProtoReflect.Descriptor instead.
 func (*FileEntry) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{7}
+	return file_agent_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *FileEntry) GetPath() string {
@@ -741,7 +819,7 @@ type GetFileRequest struct {
 
 func (x *GetFileRequest) Reset() {
 	*x = GetFileRequest{}
-	mi := &file_agent_proto_msgTypes[8]
+	mi := &file_agent_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -753,7 +831,7 @@ func (x *GetFileRequest) String() string {
 func (*GetFileRequest) ProtoMessage() {}
 
 func (x *GetFileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[8]
+	mi := &file_agent_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -766,7 +844,7 @@ func (x *GetFileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetFileRequest.ProtoReflect.Descriptor instead.
 func (*GetFileRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{8}
+	return file_agent_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *GetFileRequest) GetPath() string {
@@ -792,7 +870,7 @@ type GetFileResponse struct {
 
 func (x *GetFileResponse) Reset() {
 	*x = GetFileResponse{}
-	mi := &file_agent_proto_msgTypes[9]
+	mi := &file_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -804,7 +882,7 @@ func (x *GetFileResponse) String() string {
 func (*GetFileResponse) ProtoMessage() {}
 
 func (x *GetFileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[9]
+	mi := &file_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -817,7 +895,7 @@ func (x *GetFileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetFileResponse.ProtoReflect.Descriptor instead.
 func (*GetFileResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{9}
+	return file_agent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *GetFileResponse) GetData() []byte {
@@ -836,7 +914,7 @@ type MountShareRequest struct {
 
 func (x *MountShareRequest) Reset() {
 	*x = MountShareRequest{}
-	mi := &file_agent_proto_msgTypes[10]
+	mi := &file_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -848,7 +926,7 @@ func (x *MountShareRequest) String() string {
 func (*MountShareRequest) ProtoMessage() {}
 
 func (x *MountShareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[10]
+	mi := &file_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -861,7 +939,7 @@ func (x *MountShareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MountShareRequest.ProtoReflect.Descriptor instead.
 func (*MountShareRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{10}
+	return file_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *MountShareRequest) GetTag() string {
@@ -895,7 +973,7 @@ type CreateContainerRequest struct {
 
 func (x *CreateContainerRequest) Reset() {
 	*x = CreateContainerRequest{}
-	mi := &file_agent_proto_msgTypes[11]
+	mi := &file_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -907,7 +985,7 @@ func (x *CreateContainerRequest) String() string {
 func (*CreateContainerRequest) ProtoMessage() {}
 
 func (x *CreateContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[11]
+	mi := &file_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -920,7 +998,7 @@ func (x *CreateContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateContainerRequest.ProtoReflect.Descriptor instead.
 func (*CreateContainerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{11}
+	return file_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *CreateContainerRequest) GetId() string {
@@ -1003,7 +1081,7 @@ type ImageMount struct {
 
 func (x *ImageMount) Reset() {
 	*x = ImageMount{}
-	mi := &file_agent_proto_msgTypes[12]
+	mi := &file_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1015,7 +1093,7 @@ func (x *ImageMount) String() string {
 func (*ImageMount) ProtoMessage() {}
 
 func (x *ImageMount) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[12]
+	mi := &file_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1028,7 +1106,7 @@ func (x *ImageMount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageMount.ProtoReflect.Descriptor instead.
 func (*ImageMount) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{12}
+	return file_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ImageMount) GetName() string {
@@ -1054,7 +1132,7 @@ type StartContainerRequest struct {
 
 func (x *StartContainerRequest) Reset() {
 	*x = StartContainerRequest{}
-	mi := &file_agent_proto_msgTypes[13]
+	mi := &file_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1066,7 +1144,7 @@ func (x *StartContainerRequest) String() string {
 func (*StartContainerRequest) ProtoMessage() {}
 
 func (x *StartContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[13]
+	mi := &file_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1079,7 +1157,7 @@ func (x *StartContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartContainerRequest.ProtoReflect.Descriptor instead.
 func (*StartContainerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{13}
+	return file_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *StartContainerRequest) GetId() string {
@@ -1099,7 +1177,7 @@ type StartContainerResponse struct {
 
 func (x *StartContainerResponse) Reset() {
 	*x = StartContainerResponse{}
-	mi := &file_agent_proto_msgTypes[14]
+	mi := &file_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1111,7 +1189,7 @@ func (x *StartContainerResponse) String() string {
 func (*StartContainerResponse) ProtoMessage() {}
 
 func (x *StartContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[14]
+	mi := &file_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1124,7 +1202,7 @@ func (x *StartContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartContainerResponse.ProtoReflect.Descriptor instead.
 func (*StartContainerResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{14}
+	return file_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *StartContainerResponse) GetPid() int32 {
@@ -1152,7 +1230,7 @@ type UpdateContainerRequest struct {
 
 func (x *UpdateContainerRequest) Reset() {
 	*x = UpdateContainerRequest{}
-	mi := &file_agent_proto_msgTypes[15]
+	mi := &file_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1164,7 +1242,7 @@ func (x *UpdateContainerRequest) String() string {
 func (*UpdateContainerRequest) ProtoMessage() {}
 
 func (x *UpdateContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[15]
+	mi := &file_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1177,7 +1255,7 @@ func (x *UpdateContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateContainerRequest.ProtoReflect.Descriptor instead.
 func (*UpdateContainerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{15}
+	return file_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *UpdateContainerRequest) GetId() string {
@@ -1203,7 +1281,7 @@ type RemoveContainerRequest struct {
 
 func (x *RemoveContainerRequest) Reset() {
 	*x = RemoveContainerRequest{}
-	mi := &file_agent_proto_msgTypes[16]
+	mi := &file_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1215,7 +1293,7 @@ func (x *RemoveContainerRequest) String() string {
 func (*RemoveContainerRequest) ProtoMessage() {}
 
 func (x *RemoveContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[16]
+	mi := &file_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1228,7 +1306,7 @@ func (x *RemoveContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveContainerRequest.ProtoReflect.Descriptor instead.
 func (*RemoveContainerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{16}
+	return file_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *RemoveContainerRequest) GetId() string {
@@ -1249,7 +1327,7 @@ type ProcessRef struct {
 
 func (x *ProcessRef) Reset() {
 	*x = ProcessRef{}
-	mi := &file_agent_proto_msgTypes[17]
+	mi := &file_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1261,7 +1339,7 @@ func (x *ProcessRef) String() string {
 func (*ProcessRef) ProtoMessage() {}
 
 func (x *ProcessRef) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[17]
+	mi := &file_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1274,7 +1352,7 @@ func (x *ProcessRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProcessRef.ProtoReflect.Descriptor instead.
 func (*ProcessRef) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{17}
+	return file_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ProcessRef) GetContainerId() string {
@@ -1304,7 +1382,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_agent_proto_msgTypes[18]
+	mi := &file_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1316,7 +1394,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[18]
+	mi := &file_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1329,7 +1407,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{18}
+	return file_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ExecRequest) GetContainerId() string {
@@ -1369,7 +1447,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_agent_proto_msgTypes[19]
+	mi := &file_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1381,7 +1459,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[19]
+	mi := &file_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1394,7 +1472,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{19}
+	return file_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ExecResponse) GetPid() int32 {
@@ -1416,7 +1494,7 @@ type SignalRequest struct {
 
 func (x *SignalRequest) Reset() {
 	*x = SignalRequest{}
-	mi := &file_agent_proto_msgTypes[20]
+	mi := &file_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1428,7 +1506,7 @@ func (x *SignalRequest) String() string {
 func (*SignalRequest) ProtoMessage() {}
 
 func (x *SignalRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[20]
+	mi := &file_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1441,7 +1519,7 @@ func (x *SignalRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalRequest.ProtoReflect.Descriptor instead.
 func (*SignalRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{20}
+	return file_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *SignalRequest) GetProcess() *ProcessRef {
@@ -1484,7 +1562,7 @@ type ProcessState struct {
 
 func (x *ProcessState) Reset() {
 	*x = ProcessState{}
-	mi := &file_agent_proto_msgTypes[21]
+	mi := &file_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1496,7 +1574,7 @@ func (x *ProcessState) String() string {
 func (*ProcessState) ProtoMessage() {}
 
 func (x *ProcessState) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[21]
+	mi := &file_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1509,7 +1587,7 @@ func (x *ProcessState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProcessState.ProtoReflect.Descriptor instead.
 func (*ProcessState) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{21}
+	return file_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ProcessState) GetContainerId() string {
@@ -1590,7 +1668,7 @@ type ReadOutputRequest struct {
 
 func (x *ReadOutputRequest) Reset() {
 	*x = ReadOutputRequest{}
-	mi := &file_agent_proto_msgTypes[22]
+	mi := &file_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1602,7 +1680,7 @@ func (x *ReadOutputRequest) String() string {
 func (*ReadOutputRequest) ProtoMessage() {}
 
 func (x *ReadOutputRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[22]
+	mi := &file_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1615,7 +1693,7 @@ func (x *ReadOutputRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadOutputRequest.ProtoReflect.Descriptor instead.
 func (*ReadOutputRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{22}
+	return file_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ReadOutputRequest) GetProcess() *ProcessRef {
@@ -1674,7 +1752,7 @@ type ReadOutputResponse struct {
 
 func (x *ReadOutputResponse) Reset() {
 	*x = ReadOutputResponse{}
-	mi := &file_agent_proto_msgTypes[23]
+	mi := &file_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1686,7 +1764,7 @@ func (x *ReadOutputResponse) String() string {
 func (*ReadOutputResponse) ProtoMessage() {}
 
 func (x *ReadOutputResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[23]
+	mi := &file_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1699,7 +1777,7 @@ func (x *ReadOutputResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadOutputResponse.ProtoReflect.Descriptor instead.
 func (*ReadOutputResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{23}
+	return file_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ReadOutputResponse) GetChunks() []*OutputChunk {
@@ -1736,7 +1814,7 @@ type OutputChunk struct {
 
 func (x *OutputChunk) Reset() {
 	*x = OutputChunk{}
-	mi := &file_agent_proto_msgTypes[24]
+	mi := &file_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1748,7 +1826,7 @@ func (x *OutputChunk) String() string {
 func (*OutputChunk) ProtoMessage() {}
 
 func (x *OutputChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[24]
+	mi := &file_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1761,7 +1839,7 @@ func (x *OutputChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputChunk.ProtoReflect.Descriptor instead.
 func (*OutputChunk) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{24}
+	return file_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *OutputChunk) GetStream() OutputChunk_Stream {
@@ -1802,7 +1880,7 @@ type WriteStdinRequest struct {
 
 func (x *WriteStdinRequest) Reset() {
 	*x = WriteStdinRequest{}
-	mi := &file_agent_proto_msgTypes[25]
+	mi := &file_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1814,7 +1892,7 @@ func (x *WriteStdinRequest) String() string {
 func (*WriteStdinRequest) ProtoMessage() {}
 
 func (x *WriteStdinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[25]
+	mi := &file_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1827,7 +1905,7 @@ func (x *WriteStdinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteStdinRequest.ProtoReflect.Descriptor instead.
 func (*WriteStdinRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{25}
+	return file_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *WriteStdinRequest) GetProcess() *ProcessRef {
@@ -1855,7 +1933,7 @@ type ResizeTerminalRequest struct {
 
 func (x *ResizeTerminalRequest) Reset() {
 	*x = ResizeTerminalRequest{}
-	mi := &file_agent_proto_msgTypes[26]
+	mi := &file_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1867,7 +1945,7 @@ func (x *ResizeTerminalRequest) String() string {
 func (*ResizeTerminalRequest) ProtoMessage() {}
 
 func (x *ResizeTerminalRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[26]
+	mi := &file_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1880,7 +1958,7 @@ func (x *ResizeTerminalRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeTerminalRequest.ProtoReflect.Descriptor instead.
 func (*ResizeTerminalRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{26}
+	return file_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ResizeTerminalRequest) GetProcess() *ProcessRef {
@@ -1912,7 +1990,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_agent_proto_msgTypes[27]
+	mi := &file_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1924,7 +2002,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[27]
+	mi := &file_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1937,7 +2015,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{27}
+	return file_agent_proto_rawDescGZIP(), []int{28}
 }
 
 type ListResponse struct {
@@ -1949,7 +2027,7 @@ type ListResponse struct {
 
 func (x *ListResponse) Reset() {
 	*x = ListResponse{}
-	mi := &file_agent_proto_msgTypes[28]
+	mi := &file_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1961,7 +2039,7 @@ func (x *ListResponse) String() string {
 func (*ListResponse) ProtoMessage() {}
 
 func (x *ListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[28]
+	mi := &file_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1974,7 +2052,7 @@ func (x *ListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListResponse.ProtoReflect.Descriptor instead.
 func (*ListResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{28}
+	return file_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ListResponse) GetProcesses() []*ProcessState {
@@ -1994,7 +2072,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_agent_proto_msgTypes[29]
+	mi := &file_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2006,7 +2084,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[29]
+	mi := &file_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2019,7 +2097,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{29}
+	return file_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *StatsRequest) GetContainerIds() []string {
@@ -2041,7 +2119,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_agent_proto_msgTypes[30]
+	mi := &file_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2053,7 +2131,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[30]
+	mi := &file_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2066,7 +2144,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{30}
+	return file_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *StatsResponse) GetTimeUnixNano() int64 {
@@ -2102,7 +2180,7 @@ type ContainerStats struct {
 
 func (x *ContainerStats) Reset() {
 	*x = ContainerStats{}
-	mi := &file_agent_proto_msgTypes[31]
+	mi := &file_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2114,7 +2192,7 @@ func (x *ContainerStats) String() string {
 func (*ContainerStats) ProtoMessage() {}
 
 func (x *ContainerStats) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[31]
+	mi := &file_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2127,7 +2205,7 @@ func (x *ContainerStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerStats.ProtoReflect.Descriptor instead.
 func (*ContainerStats) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{31}
+	return file_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ContainerStats) GetId() string {
@@ -2181,7 +2259,7 @@ type CgroupStats struct {
 
 func (x *CgroupStats) Reset() {
 	*x = CgroupStats{}
-	mi := &file_agent_proto_msgTypes[32]
+	mi := &file_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2193,7 +2271,7 @@ func (x *CgroupStats) String() string {
 func (*CgroupStats) ProtoMessage() {}
 
 func (x *CgroupStats) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[32]
+	mi := &file_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2206,7 +2284,7 @@ func (x *CgroupStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CgroupStats.ProtoReflect.Descriptor instead.
 func (*CgroupStats) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{32}
+	return file_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *CgroupStats) GetCpuUsageNano() uint64 {
@@ -2325,7 +2403,7 @@ type Pressure struct {
 
 func (x *Pressure) Reset() {
 	*x = Pressure{}
-	mi := &file_agent_proto_msgTypes[33]
+	mi := &file_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2337,7 +2415,7 @@ func (x *Pressure) String() string {
 func (*Pressure) ProtoMessage() {}
 
 func (x *Pressure) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[33]
+	mi := &file_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2350,7 +2428,7 @@ func (x *Pressure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pressure.ProtoReflect.Descriptor instead.
 func (*Pressure) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{33}
+	return file_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Pressure) GetSome() *PressureLine {
@@ -2379,7 +2457,7 @@ type PressureLine struct {
 
 func (x *PressureLine) Reset() {
 	*x = PressureLine{}
-	mi := &file_agent_proto_msgTypes[34]
+	mi := &file_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2391,7 +2469,7 @@ func (x *PressureLine) String() string {
 func (*PressureLine) ProtoMessage() {}
 
 func (x *PressureLine) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[34]
+	mi := &file_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2404,7 +2482,7 @@ func (x *PressureLine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PressureLine.ProtoReflect.Descriptor instead.
 func (*PressureLine) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{34}
+	return file_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *PressureLine) GetAvg10() float64 {
@@ -2446,7 +2524,7 @@ type DialRequest struct {
 
 func (x *DialRequest) Reset() {
 	*x = DialRequest{}
-	mi := &file_agent_proto_msgTypes[35]
+	mi := &file_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2458,7 +2536,7 @@ func (x *DialRequest) String() string {
 func (*DialRequest) ProtoMessage() {}
 
 func (x *DialRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[35]
+	mi := &file_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2471,7 +2549,7 @@ func (x *DialRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DialRequest.ProtoReflect.Descriptor instead.
 func (*DialRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{35}
+	return file_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *DialRequest) GetNetwork() string {
@@ -2497,7 +2575,7 @@ type DialResponse struct {
 
 func (x *DialResponse) Reset() {
 	*x = DialResponse{}
-	mi := &file_agent_proto_msgTypes[36]
+	mi := &file_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2509,7 +2587,7 @@ func (x *DialResponse) String() string {
 func (*DialResponse) ProtoMessage() {}
 
 func (x *DialResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[36]
+	mi := &file_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2522,7 +2600,7 @@ func (x *DialResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DialResponse.ProtoReflect.Descriptor instead.
 func (*DialResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{36}
+	return file_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *DialResponse) GetConnId() uint64 {
@@ -2542,7 +2620,7 @@ type ConnReadRequest struct {
 
 func (x *ConnReadRequest) Reset() {
 	*x = ConnReadRequest{}
-	mi := &file_agent_proto_msgTypes[37]
+	mi := &file_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2554,7 +2632,7 @@ func (x *ConnReadRequest) String() string {
 func (*ConnReadRequest) ProtoMessage() {}
 
 func (x *ConnReadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[37]
+	mi := &file_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2567,7 +2645,7 @@ func (x *ConnReadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnReadRequest.ProtoReflect.Descriptor instead.
 func (*ConnReadRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{37}
+	return file_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ConnReadRequest) GetConnId() uint64 {
@@ -2594,7 +2672,7 @@ type ConnReadResponse struct {
 
 func (x *ConnReadResponse) Reset() {
 	*x = ConnReadResponse{}
-	mi := &file_agent_proto_msgTypes[38]
+	mi := &file_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2606,7 +2684,7 @@ func (x *ConnReadResponse) String() string {
 func (*ConnReadResponse) ProtoMessage() {}
 
 func (x *ConnReadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[38]
+	mi := &file_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2619,7 +2697,7 @@ func (x *ConnReadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnReadResponse.ProtoReflect.Descriptor instead.
 func (*ConnReadResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{38}
+	return file_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ConnReadResponse) GetData() []byte {
@@ -2646,7 +2724,7 @@ type ConnWriteRequest struct {
 
 func (x *ConnWriteRequest) Reset() {
 	*x = ConnWriteRequest{}
-	mi := &file_agent_proto_msgTypes[39]
+	mi := &file_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2658,7 +2736,7 @@ func (x *ConnWriteRequest) String() string {
 func (*ConnWriteRequest) ProtoMessage() {}
 
 func (x *ConnWriteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[39]
+	mi := &file_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2671,7 +2749,7 @@ func (x *ConnWriteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnWriteRequest.ProtoReflect.Descriptor instead.
 func (*ConnWriteRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{39}
+	return file_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ConnWriteRequest) GetConnId() uint64 {
@@ -2699,7 +2777,7 @@ type ConnCloseRequest struct {
 
 func (x *ConnCloseRequest) Reset() {
 	*x = ConnCloseRequest{}
-	mi := &file_agent_proto_msgTypes[40]
+	mi := &file_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2711,7 +2789,7 @@ func (x *ConnCloseRequest) String() string {
 func (*ConnCloseRequest) ProtoMessage() {}
 
 func (x *ConnCloseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[40]
+	mi := &file_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2724,7 +2802,7 @@ func (x *ConnCloseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnCloseRequest.ProtoReflect.Descriptor instead.
 func (*ConnCloseRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{40}
+	return file_agent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ConnCloseRequest) GetConnId() uint64 {
@@ -2749,7 +2827,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_agent_proto_msgTypes[41]
+	mi := &file_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2761,7 +2839,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[41]
+	mi := &file_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2774,7 +2852,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{41}
+	return file_agent_proto_rawDescGZIP(), []int{42}
 }
 
 var File_agent_proto protoreflect.FileDescriptor
@@ -2793,7 +2871,7 @@ const file_agent_proto_rawDesc = "" +
 	"configured\x12\x1f\n" +
 	"\vcpus_online\x18\x05 \x01(\x05R\n" +
 	"cpusOnline\x12,\n" +
-	"\x12memory_total_bytes\x18\x06 \x01(\x03R\x10memoryTotalBytes\"\xa3\x04\n" +
+	"\x12memory_total_bytes\x18\x06 \x01(\x03R\x10memoryTotalBytes\"\xdf\x04\n" +
 	"\x17ConfigureSandboxRequest\x12$\n" +
 	"\x0etime_unix_nano\x18\x01 \x01(\x03R\ftimeUnixNano\x12\x18\n" +
 	"\aentropy\x18\x02 \x01(\fR\aentropy\x12\x1a\n" +
@@ -2809,7 +2887,8 @@ const file_agent_proto_rawDesc = "" +
 	"\fscratch_disk\x18\t \x01(\tR\vscratchDisk\x12$\n" +
 	"\x0eshm_size_bytes\x18\n" +
 	" \x01(\x03R\fshmSizeBytes\x12*\n" +
-	"\x11pod_pid_namespace\x18\v \x01(\bR\x0fpodPidNamespace\x1a:\n" +
+	"\x11pod_pid_namespace\x18\v \x01(\bR\x0fpodPidNamespace\x12:\n" +
+	"\tneighbors\x18\f \x03(\v2\x1c.vmruntime.agent.v1.NeighborR\tneighbors\x1a:\n" +
 	"\fSysctlsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"a\n" +
@@ -2817,7 +2896,7 @@ const file_agent_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
 	"\x03mac\x18\x02 \x01(\tR\x03mac\x12\x10\n" +
 	"\x03mtu\x18\x03 \x01(\x05R\x03mtu\x12\x1c\n" +
-	"\taddresses\x18\x04 \x03(\tR\taddresses\"\xd3\x01\n" +
+	"\taddresses\x18\x04 \x03(\tR\taddresses\"\xec\x01\n" +
 	"\x05Route\x12 \n" +
 	"\vdestination\x18\x01 \x01(\tR\vdestination\x12\x18\n" +
 	"\agateway\x18\x02 \x01(\tR\agateway\x12\x16\n" +
@@ -2826,7 +2905,12 @@ const file_agent_proto_rawDesc = "" +
 	"\x03mtu\x18\x05 \x01(\x05R\x03mtu\x12\x14\n" +
 	"\x05scope\x18\x06 \x01(\x05R\x05scope\x12\x1a\n" +
 	"\bpriority\x18\a \x01(\x05R\bpriority\x12\x14\n" +
-	"\x05table\x18\b \x01(\x05R\x05table\"y\n" +
+	"\x05table\x18\b \x01(\x05R\x05table\x12\x17\n" +
+	"\aon_link\x18\t \x01(\bR\x06onLink\"T\n" +
+	"\bNeighbor\x12\x18\n" +
+	"\aaddress\x18\x01 \x01(\tR\aaddress\x12\x10\n" +
+	"\x03mac\x18\x02 \x01(\tR\x03mac\x12\x1c\n" +
+	"\tinterface\x18\x03 \x01(\tR\tinterface\"y\n" +
 	"\x0fPutFilesRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x127\n" +
 	"\aentries\x18\x02 \x03(\v2\x1d.vmruntime.agent.v1.FileEntryR\aentries\x12\x19\n" +
@@ -3039,7 +3123,7 @@ func file_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
+var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 44)
 var file_agent_proto_goTypes = []any{
 	(PidNamespace)(0),               // 0: vmruntime.agent.v1.PidNamespace
 	(OutputChunk_Stream)(0),         // 1: vmruntime.agent.v1.OutputChunk.Stream
@@ -3049,120 +3133,122 @@ var file_agent_proto_goTypes = []any{
 	(*ConfigureSandboxRequest)(nil), // 5: vmruntime.agent.v1.ConfigureSandboxRequest
 	(*Interface)(nil),               // 6: vmruntime.agent.v1.Interface
 	(*Route)(nil),                   // 7: vmruntime.agent.v1.Route
-	(*PutFilesRequest)(nil),         // 8: vmruntime.agent.v1.PutFilesRequest
-	(*FileEntry)(nil),               // 9: vmruntime.agent.v1.FileEntry
-	(*GetFileRequest)(nil),          // 10: vmruntime.agent.v1.GetFileRequest
-	(*GetFileResponse)(nil),         // 11: vmruntime.agent.v1.GetFileResponse
-	(*MountShareRequest)(nil),       // 12: vmruntime.agent.v1.MountShareRequest
-	(*CreateContainerRequest)(nil),  // 13: vmruntime.agent.v1.CreateContainerRequest
-	(*ImageMount)(nil),              // 14: vmruntime.agent.v1.ImageMount
-	(*StartContainerRequest)(nil),   // 15: vmruntime.agent.v1.StartContainerRequest
-	(*StartContainerResponse)(nil),  // 16: vmruntime.agent.v1.StartContainerResponse
-	(*UpdateContainerRequest)(nil),  // 17: vmruntime.agent.v1.UpdateContainerRequest
-	(*RemoveContainerRequest)(nil),  // 18: vmruntime.agent.v1.RemoveContainerRequest
-	(*ProcessRef)(nil),              // 19: vmruntime.agent.v1.ProcessRef
-	(*ExecRequest)(nil),             // 20: vmruntime.agent.v1.ExecRequest
-	(*ExecResponse)(nil),            // 21: vmruntime.agent.v1.ExecResponse
-	(*SignalRequest)(nil),           // 22: vmruntime.agent.v1.SignalRequest
-	(*ProcessState)(nil),            // 23: vmruntime.agent.v1.ProcessState
-	(*ReadOutputRequest)(nil),       // 24: vmruntime.agent.v1.ReadOutputRequest
-	(*ReadOutputResponse)(nil),      // 25: vmruntime.agent.v1.ReadOutputResponse
-	(*OutputChunk)(nil),             // 26: vmruntime.agent.v1.OutputChunk
-	(*WriteStdinRequest)(nil),       // 27: vmruntime.agent.v1.WriteStdinRequest
-	(*ResizeTerminalRequest)(nil),   // 28: vmruntime.agent.v1.ResizeTerminalRequest
-	(*ListRequest)(nil),             // 29: vmruntime.agent.v1.ListRequest
-	(*ListResponse)(nil),            // 30: vmruntime.agent.v1.ListResponse
-	(*StatsRequest)(nil),            // 31: vmruntime.agent.v1.StatsRequest
-	(*StatsResponse)(nil),           // 32: vmruntime.agent.v1.StatsResponse
-	(*ContainerStats)(nil),          // 33: vmruntime.agent.v1.ContainerStats
-	(*CgroupStats)(nil),             // 34: vmruntime.agent.v1.CgroupStats
-	(*Pressure)(nil),                // 35: vmruntime.agent.v1.Pressure
-	(*PressureLine)(nil),            // 36: vmruntime.agent.v1.PressureLine
-	(*DialRequest)(nil),             // 37: vmruntime.agent.v1.DialRequest
-	(*DialResponse)(nil),            // 38: vmruntime.agent.v1.DialResponse
-	(*ConnReadRequest)(nil),         // 39: vmruntime.agent.v1.ConnReadRequest
-	(*ConnReadResponse)(nil),        // 40: vmruntime.agent.v1.ConnReadResponse
-	(*ConnWriteRequest)(nil),        // 41: vmruntime.agent.v1.ConnWriteRequest
-	(*ConnCloseRequest)(nil),        // 42: vmruntime.agent.v1.ConnCloseRequest
-	(*ShutdownRequest)(nil),         // 43: vmruntime.agent.v1.ShutdownRequest
-	nil,                             // 44: vmruntime.agent.v1.ConfigureSandboxRequest.SysctlsEntry
+	(*Neighbor)(nil),                // 8: vmruntime.agent.v1.Neighbor
+	(*PutFilesRequest)(nil),         // 9: vmruntime.agent.v1.PutFilesRequest
+	(*FileEntry)(nil),               // 10: vmruntime.agent.v1.FileEntry
+	(*GetFileRequest)(nil),          // 11: vmruntime.agent.v1.GetFileRequest
+	(*GetFileResponse)(nil),         // 12: vmruntime.agent.v1.GetFileResponse
+	(*MountShareRequest)(nil),       // 13: vmruntime.agent.v1.MountShareRequest
+	(*CreateContainerRequest)(nil),  // 14: vmruntime.agent.v1.CreateContainerRequest
+	(*ImageMount)(nil),              // 15: vmruntime.agent.v1.ImageMount
+	(*StartContainerRequest)(nil),   // 16: vmruntime.agent.v1.StartContainerRequest
+	(*StartContainerResponse)(nil),  // 17: vmruntime.agent.v1.StartContainerResponse
+	(*UpdateContainerRequest)(nil),  // 18: vmruntime.agent.v1.UpdateContainerRequest
+	(*RemoveContainerRequest)(nil),  // 19: vmruntime.agent.v1.RemoveContainerRequest
+	(*ProcessRef)(nil),              // 20: vmruntime.agent.v1.ProcessRef
+	(*ExecRequest)(nil),             // 21: vmruntime.agent.v1.ExecRequest
+	(*ExecResponse)(nil),            // 22: vmruntime.agent.v1.ExecResponse
+	(*SignalRequest)(nil),           // 23: vmruntime.agent.v1.SignalRequest
+	(*ProcessState)(nil),            // 24: vmruntime.agent.v1.ProcessState
+	(*ReadOutputRequest)(nil),       // 25: vmruntime.agent.v1.ReadOutputRequest
+	(*ReadOutputResponse)(nil),      // 26: vmruntime.agent.v1.ReadOutputResponse
+	(*OutputChunk)(nil),             // 27: vmruntime.agent.v1.OutputChunk
+	(*WriteStdinRequest)(nil),       // 28: vmruntime.agent.v1.WriteStdinRequest
+	(*ResizeTerminalRequest)(nil),   // 29: vmruntime.agent.v1.ResizeTerminalRequest
+	(*ListRequest)(nil),             // 30: vmruntime.agent.v1.ListRequest
+	(*ListResponse)(nil),            // 31: vmruntime.agent.v1.ListResponse
+	(*StatsRequest)(nil),            // 32: vmruntime.agent.v1.StatsRequest
+	(*StatsResponse)(nil),           // 33: vmruntime.agent.v1.StatsResponse
+	(*ContainerStats)(nil),          // 34: vmruntime.agent.v1.ContainerStats
+	(*CgroupStats)(nil),             // 35: vmruntime.agent.v1.CgroupStats
+	(*Pressure)(nil),                // 36: vmruntime.agent.v1.Pressure
+	(*PressureLine)(nil),            // 37: vmruntime.agent.v1.PressureLine
+	(*DialRequest)(nil),             // 38: vmruntime.agent.v1.DialRequest
+	(*DialResponse)(nil),            // 39: vmruntime.agent.v1.DialResponse
+	(*ConnReadRequest)(nil),         // 40: vmruntime.agent.v1.ConnReadRequest
+	(*ConnReadResponse)(nil),        // 41: vmruntime.agent.v1.ConnReadResponse
+	(*ConnWriteRequest)(nil),        // 42: vmruntime.agent.v1.ConnWriteRequest
+	(*ConnCloseRequest)(nil),        // 43: vmruntime.agent.v1.ConnCloseRequest
+	(*ShutdownRequest)(nil),         // 44: vmruntime.agent.v1.ShutdownRequest
+	nil,                             // 45: vmruntime.agent.v1.ConfigureSandboxRequest.SysctlsEntry
 }
 var file_agent_proto_depIdxs = []int32{
 	6,  // 0: vmruntime.agent.v1.ConfigureSandboxRequest.interfaces:type_name -> vmruntime.agent.v1.Interface
 	7,  // 1: vmruntime.agent.v1.ConfigureSandboxRequest.routes:type_name -> vmruntime.agent.v1.Route
-	44, // 2: vmruntime.agent.v1.ConfigureSandboxRequest.sysctls:type_name -> vmruntime.agent.v1.ConfigureSandboxRequest.SysctlsEntry
-	9,  // 3: vmruntime.agent.v1.PutFilesRequest.entries:type_name -> vmruntime.agent.v1.FileEntry
-	14, // 4: vmruntime.agent.v1.CreateContainerRequest.images:type_name -> vmruntime.agent.v1.ImageMount
-	0,  // 5: vmruntime.agent.v1.CreateContainerRequest.pid_namespace:type_name -> vmruntime.agent.v1.PidNamespace
-	19, // 6: vmruntime.agent.v1.SignalRequest.process:type_name -> vmruntime.agent.v1.ProcessRef
-	19, // 7: vmruntime.agent.v1.ReadOutputRequest.process:type_name -> vmruntime.agent.v1.ProcessRef
-	26, // 8: vmruntime.agent.v1.ReadOutputResponse.chunks:type_name -> vmruntime.agent.v1.OutputChunk
-	23, // 9: vmruntime.agent.v1.ReadOutputResponse.state:type_name -> vmruntime.agent.v1.ProcessState
-	1,  // 10: vmruntime.agent.v1.OutputChunk.stream:type_name -> vmruntime.agent.v1.OutputChunk.Stream
-	19, // 11: vmruntime.agent.v1.WriteStdinRequest.process:type_name -> vmruntime.agent.v1.ProcessRef
-	19, // 12: vmruntime.agent.v1.ResizeTerminalRequest.process:type_name -> vmruntime.agent.v1.ProcessRef
-	23, // 13: vmruntime.agent.v1.ListResponse.processes:type_name -> vmruntime.agent.v1.ProcessState
-	33, // 14: vmruntime.agent.v1.StatsResponse.containers:type_name -> vmruntime.agent.v1.ContainerStats
-	34, // 15: vmruntime.agent.v1.StatsResponse.guest:type_name -> vmruntime.agent.v1.CgroupStats
-	34, // 16: vmruntime.agent.v1.ContainerStats.cgroup:type_name -> vmruntime.agent.v1.CgroupStats
-	35, // 17: vmruntime.agent.v1.CgroupStats.cpu_pressure:type_name -> vmruntime.agent.v1.Pressure
-	35, // 18: vmruntime.agent.v1.CgroupStats.memory_pressure:type_name -> vmruntime.agent.v1.Pressure
-	35, // 19: vmruntime.agent.v1.CgroupStats.io_pressure:type_name -> vmruntime.agent.v1.Pressure
-	36, // 20: vmruntime.agent.v1.Pressure.some:type_name -> vmruntime.agent.v1.PressureLine
-	36, // 21: vmruntime.agent.v1.Pressure.full:type_name -> vmruntime.agent.v1.PressureLine
-	3,  // 22: vmruntime.agent.v1.Agent.Info:input_type -> vmruntime.agent.v1.InfoRequest
-	5,  // 23: vmruntime.agent.v1.Agent.ConfigureSandbox:input_type -> vmruntime.agent.v1.ConfigureSandboxRequest
-	8,  // 24: vmruntime.agent.v1.Agent.PutFiles:input_type -> vmruntime.agent.v1.PutFilesRequest
-	10, // 25: vmruntime.agent.v1.Agent.GetFile:input_type -> vmruntime.agent.v1.GetFileRequest
-	12, // 26: vmruntime.agent.v1.Agent.MountShare:input_type -> vmruntime.agent.v1.MountShareRequest
-	13, // 27: vmruntime.agent.v1.Agent.CreateContainer:input_type -> vmruntime.agent.v1.CreateContainerRequest
-	15, // 28: vmruntime.agent.v1.Agent.StartContainer:input_type -> vmruntime.agent.v1.StartContainerRequest
-	17, // 29: vmruntime.agent.v1.Agent.UpdateContainer:input_type -> vmruntime.agent.v1.UpdateContainerRequest
-	18, // 30: vmruntime.agent.v1.Agent.RemoveContainer:input_type -> vmruntime.agent.v1.RemoveContainerRequest
-	20, // 31: vmruntime.agent.v1.Agent.Exec:input_type -> vmruntime.agent.v1.ExecRequest
-	19, // 32: vmruntime.agent.v1.Agent.RemoveExec:input_type -> vmruntime.agent.v1.ProcessRef
-	22, // 33: vmruntime.agent.v1.Agent.Signal:input_type -> vmruntime.agent.v1.SignalRequest
-	19, // 34: vmruntime.agent.v1.Agent.Wait:input_type -> vmruntime.agent.v1.ProcessRef
-	24, // 35: vmruntime.agent.v1.Agent.ReadOutput:input_type -> vmruntime.agent.v1.ReadOutputRequest
-	27, // 36: vmruntime.agent.v1.Agent.WriteStdin:input_type -> vmruntime.agent.v1.WriteStdinRequest
-	19, // 37: vmruntime.agent.v1.Agent.CloseStdin:input_type -> vmruntime.agent.v1.ProcessRef
-	28, // 38: vmruntime.agent.v1.Agent.ResizeTerminal:input_type -> vmruntime.agent.v1.ResizeTerminalRequest
-	29, // 39: vmruntime.agent.v1.Agent.List:input_type -> vmruntime.agent.v1.ListRequest
-	31, // 40: vmruntime.agent.v1.Agent.Stats:input_type -> vmruntime.agent.v1.StatsRequest
-	37, // 41: vmruntime.agent.v1.Agent.Dial:input_type -> vmruntime.agent.v1.DialRequest
-	39, // 42: vmruntime.agent.v1.Agent.ConnRead:input_type -> vmruntime.agent.v1.ConnReadRequest
-	41, // 43: vmruntime.agent.v1.Agent.ConnWrite:input_type -> vmruntime.agent.v1.ConnWriteRequest
-	42, // 44: vmruntime.agent.v1.Agent.ConnClose:input_type -> vmruntime.agent.v1.ConnCloseRequest
-	43, // 45: vmruntime.agent.v1.Agent.Shutdown:input_type -> vmruntime.agent.v1.ShutdownRequest
-	4,  // 46: vmruntime.agent.v1.Agent.Info:output_type -> vmruntime.agent.v1.InfoResponse
-	2,  // 47: vmruntime.agent.v1.Agent.ConfigureSandbox:output_type -> vmruntime.agent.v1.Empty
-	2,  // 48: vmruntime.agent.v1.Agent.PutFiles:output_type -> vmruntime.agent.v1.Empty
-	11, // 49: vmruntime.agent.v1.Agent.GetFile:output_type -> vmruntime.agent.v1.GetFileResponse
-	2,  // 50: vmruntime.agent.v1.Agent.MountShare:output_type -> vmruntime.agent.v1.Empty
-	2,  // 51: vmruntime.agent.v1.Agent.CreateContainer:output_type -> vmruntime.agent.v1.Empty
-	16, // 52: vmruntime.agent.v1.Agent.StartContainer:output_type -> vmruntime.agent.v1.StartContainerResponse
-	2,  // 53: vmruntime.agent.v1.Agent.UpdateContainer:output_type -> vmruntime.agent.v1.Empty
-	2,  // 54: vmruntime.agent.v1.Agent.RemoveContainer:output_type -> vmruntime.agent.v1.Empty
-	21, // 55: vmruntime.agent.v1.Agent.Exec:output_type -> vmruntime.agent.v1.ExecResponse
-	2,  // 56: vmruntime.agent.v1.Agent.RemoveExec:output_type -> vmruntime.agent.v1.Empty
-	2,  // 57: vmruntime.agent.v1.Agent.Signal:output_type -> vmruntime.agent.v1.Empty
-	23, // 58: vmruntime.agent.v1.Agent.Wait:output_type -> vmruntime.agent.v1.ProcessState
-	25, // 59: vmruntime.agent.v1.Agent.ReadOutput:output_type -> vmruntime.agent.v1.ReadOutputResponse
-	2,  // 60: vmruntime.agent.v1.Agent.WriteStdin:output_type -> vmruntime.agent.v1.Empty
-	2,  // 61: vmruntime.agent.v1.Agent.CloseStdin:output_type -> vmruntime.agent.v1.Empty
-	2,  // 62: vmruntime.agent.v1.Agent.ResizeTerminal:output_type -> vmruntime.agent.v1.Empty
-	30, // 63: vmruntime.agent.v1.Agent.List:output_type -> vmruntime.agent.v1.ListResponse
-	32, // 64: vmruntime.agent.v1.Agent.Stats:output_type -> vmruntime.agent.v1.StatsResponse
-	38, // 65: vmruntime.agent.v1.Agent.Dial:output_type -> vmruntime.agent.v1.DialResponse
-	40, // 66: vmruntime.agent.v1.Agent.ConnRead:output_type -> vmruntime.agent.v1.ConnReadResponse
-	2,  // 67: vmruntime.agent.v1.Agent.ConnWrite:output_type -> vmruntime.agent.v1.Empty
-	2,  // 68: vmruntime.agent.v1.Agent.ConnClose:output_type -> vmruntime.agent.v1.Empty
-	2,  // 69: vmruntime.agent.v1.Agent.Shutdown:output_type -> vmruntime.agent.v1.Empty
-	46, // [46:70] is the sub-list for method output_type
-	22, // [22:46] is the sub-list for method input_type
-	22, // [22:22] is the sub-list for extension type_name
-	22, // [22:22] is the sub-list for extension extendee
-	0,  // [0:22] is the sub-list for field type_name
+	45, // 2: vmruntime.agent.v1.ConfigureSandboxRequest.sysctls:type_name -> vmruntime.agent.v1.ConfigureSandboxRequest.SysctlsEntry
+	8,  // 3: vmruntime.agent.v1.ConfigureSandboxRequest.neighbors:type_name -> vmruntime.agent.v1.Neighbor
+	10, // 4: vmruntime.agent.v1.PutFilesRequest.entries:type_name -> vmruntime.agent.v1.FileEntry
+	15, // 5: vmruntime.agent.v1.CreateContainerRequest.images:type_name -> vmruntime.agent.v1.ImageMount
+	0,  // 6: vmruntime.agent.v1.CreateContainerRequest.pid_namespace:type_name -> vmruntime.agent.v1.PidNamespace
+	20, // 7: vmruntime.agent.v1.SignalRequest.process:type_name -> vmruntime.agent.v1.ProcessRef
+	20, // 8: vmruntime.agent.v1.ReadOutputRequest.process:type_name -> vmruntime.agent.v1.ProcessRef
+	27, // 9: vmruntime.agent.v1.ReadOutputResponse.chunks:type_name -> vmruntime.agent.v1.OutputChunk
+	24, // 10: vmruntime.agent.v1.ReadOutputResponse.state:type_name -> vmruntime.agent.v1.ProcessState
+	1,  // 11: vmruntime.agent.v1.OutputChunk.stream:type_name -> vmruntime.agent.v1.OutputChunk.Stream
+	20, // 12: vmruntime.agent.v1.WriteStdinRequest.process:type_name -> vmruntime.agent.v1.ProcessRef
+	20, // 13: vmruntime.agent.v1.ResizeTerminalRequest.process:type_name -> vmruntime.agent.v1.ProcessRef
+	24, // 14: vmruntime.agent.v1.ListResponse.processes:type_name -> vmruntime.agent.v1.ProcessState
+	34, // 15: vmruntime.agent.v1.StatsResponse.containers:type_name -> vmruntime.agent.v1.ContainerStats
+	35, // 16: vmruntime.agent.v1.StatsResponse.guest:type_name -> vmruntime.agent.v1.CgroupStats
+	35, // 17: vmruntime.agent.v1.ContainerStats.cgroup:type_name -> vmruntime.agent.v1.CgroupStats
+	36, // 18: vmruntime.agent.v1.CgroupStats.cpu_pressure:type_name -> vmruntime.agent.v1.Pressure
+	36, // 19: vmruntime.agent.v1.CgroupStats.memory_pressure:type_name -> vmruntime.agent.v1.Pressure
+	36, // 20: vmruntime.agent.v1.CgroupStats.io_pressure:type_name -> vmruntime.agent.v1.Pressure
+	37, // 21: vmruntime.agent.v1.Pressure.some:type_name -> vmruntime.agent.v1.PressureLine
+	37, // 22: vmruntime.agent.v1.Pressure.full:type_name -> vmruntime.agent.v1.PressureLine
+	3,  // 23: vmruntime.agent.v1.Agent.Info:input_type -> vmruntime.agent.v1.InfoRequest
+	5,  // 24: vmruntime.agent.v1.Agent.ConfigureSandbox:input_type -> vmruntime.agent.v1.ConfigureSandboxRequest
+	9,  // 25: vmruntime.agent.v1.Agent.PutFiles:input_type -> vmruntime.agent.v1.PutFilesRequest
+	11, // 26: vmruntime.agent.v1.Agent.GetFile:input_type -> vmruntime.agent.v1.GetFileRequest
+	13, // 27: vmruntime.agent.v1.Agent.MountShare:input_type -> vmruntime.agent.v1.MountShareRequest
+	14, // 28: vmruntime.agent.v1.Agent.CreateContainer:input_type -> vmruntime.agent.v1.CreateContainerRequest
+	16, // 29: vmruntime.agent.v1.Agent.StartContainer:input_type -> vmruntime.agent.v1.StartContainerRequest
+	18, // 30: vmruntime.agent.v1.Agent.UpdateContainer:input_type -> vmruntime.agent.v1.UpdateContainerRequest
+	19, // 31: vmruntime.agent.v1.Agent.RemoveContainer:input_type -> vmruntime.agent.v1.RemoveContainerRequest
+	21, // 32: vmruntime.agent.v1.Agent.Exec:input_type -> vmruntime.agent.v1.ExecRequest
+	20, // 33: vmruntime.agent.v1.Agent.RemoveExec:input_type -> vmruntime.agent.v1.ProcessRef
+	23, // 34: vmruntime.agent.v1.Agent.Signal:input_type -> vmruntime.agent.v1.SignalRequest
+	20, // 35: vmruntime.agent.v1.Agent.Wait:input_type -> vmruntime.agent.v1.ProcessRef
+	25, // 36: vmruntime.agent.v1.Agent.ReadOutput:input_type -> vmruntime.agent.v1.ReadOutputRequest
+	28, // 37: vmruntime.agent.v1.Agent.WriteStdin:input_type -> vmruntime.agent.v1.WriteStdinRequest
+	20, // 38: vmruntime.agent.v1.Agent.CloseStdin:input_type -> vmruntime.agent.v1.ProcessRef
+	29, // 39: vmruntime.agent.v1.Agent.ResizeTerminal:input_type -> vmruntime.agent.v1.ResizeTerminalRequest
+	30, // 40: vmruntime.agent.v1.Agent.List:input_type -> vmruntime.agent.v1.ListRequest
+	32, // 41: vmruntime.agent.v1.Agent.Stats:input_type -> vmruntime.agent.v1.StatsRequest
+	38, // 42: vmruntime.agent.v1.Agent.Dial:input_type -> vmruntime.agent.v1.DialRequest
+	40, // 43: vmruntime.agent.v1.Agent.ConnRead:input_type -> vmruntime.agent.v1.ConnReadRequest
+	42, // 44: vmruntime.agent.v1.Agent.ConnWrite:input_type -> vmruntime.agent.v1.ConnWriteRequest
+	43, // 45: vmruntime.agent.v1.Agent.ConnClose:input_type -> vmruntime.agent.v1.ConnCloseRequest
+	44, // 46: vmruntime.agent.v1.Agent.Shutdown:input_type -> vmruntime.agent.v1.ShutdownRequest
+	4,  // 47: vmruntime.agent.v1.Agent.Info:output_type -> vmruntime.agent.v1.InfoResponse
+	2,  // 48: vmruntime.agent.v1.Agent.ConfigureSandbox:output_type -> vmruntime.agent.v1.Empty
+	2,  // 49: vmruntime.agent.v1.Agent.PutFiles:output_type -> vmruntime.agent.v1.Empty
+	12, // 50: vmruntime.agent.v1.Agent.GetFile:output_type -> vmruntime.agent.v1.GetFileResponse
+	2,  // 51: vmruntime.agent.v1.Agent.MountShare:output_type -> vmruntime.agent.v1.Empty
+	2,  // 52: vmruntime.agent.v1.Agent.CreateContainer:output_type -> vmruntime.agent.v1.Empty
+	17, // 53: vmruntime.agent.v1.Agent.StartContainer:output_type -> vmruntime.agent.v1.StartContainerResponse
+	2,  // 54: vmruntime.agent.v1.Agent.UpdateContainer:output_type -> vmruntime.agent.v1.Empty
+	2,  // 55: vmruntime.agent.v1.Agent.RemoveContainer:output_type -> vmruntime.agent.v1.Empty
+	22, // 56: vmruntime.agent.v1.Agent.Exec:output_type -> vmruntime.agent.v1.ExecResponse
+	2,  // 57: vmruntime.agent.v1.Agent.RemoveExec:output_type -> vmruntime.agent.v1.Empty
+	2,  // 58: vmruntime.agent.v1.Agent.Signal:output_type -> vmruntime.agent.v1.Empty
+	24, // 59: vmruntime.agent.v1.Agent.Wait:output_type -> vmruntime.agent.v1.ProcessState
+	26, // 60: vmruntime.agent.v1.Agent.ReadOutput:output_type -> vmruntime.agent.v1.ReadOutputResponse
+	2,  // 61: vmruntime.agent.v1.Agent.WriteStdin:output_type -> vmruntime.agent.v1.Empty
+	2,  // 62: vmruntime.agent.v1.Agent.CloseStdin:output_type -> vmruntime.agent.v1.Empty
+	2,  // 63: vmruntime.agent.v1.Agent.ResizeTerminal:output_type -> vmruntime.agent.v1.Empty
+	31, // 64: vmruntime.agent.v1.Agent.List:output_type -> vmruntime.agent.v1.ListResponse
+	33, // 65: vmruntime.agent.v1.Agent.Stats:output_type -> vmruntime.agent.v1.StatsResponse
+	39, // 66: vmruntime.agent.v1.Agent.Dial:output_type -> vmruntime.agent.v1.DialResponse
+	41, // 67: vmruntime.agent.v1.Agent.ConnRead:output_type -> vmruntime.agent.v1.ConnReadResponse
+	2,  // 68: vmruntime.agent.v1.Agent.ConnWrite:output_type -> vmruntime.agent.v1.Empty
+	2,  // 69: vmruntime.agent.v1.Agent.ConnClose:output_type -> vmruntime.agent.v1.Empty
+	2,  // 70: vmruntime.agent.v1.Agent.Shutdown:output_type -> vmruntime.agent.v1.Empty
+	47, // [47:71] is the sub-list for method output_type
+	23, // [23:47] is the sub-list for method input_type
+	23, // [23:23] is the sub-list for extension type_name
+	23, // [23:23] is the sub-list for extension extendee
+	0,  // [0:23] is the sub-list for field type_name
 }
 
 func init() { file_agent_proto_init() }
@@ -3176,7 +3262,7 @@ func file_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_proto_rawDesc), len(file_agent_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   43,
+			NumMessages:   44,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

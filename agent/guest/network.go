@@ -20,21 +20,42 @@ import (
 const linkTimeout = 10 * time.Second
 
 // configureNetwork gives the guest's devices the pod's names, addresses and routes.
-func configureNetwork(ctx context.Context, interfaces []*agentpb.Interface, routes []*agentpb.Route) error {
-	for _, in := range interfaces {
+func configureNetwork(ctx context.Context, req *agentpb.ConfigureSandboxRequest) error {
+	for _, in := range req.Interfaces {
 		if err := configureInterface(ctx, in); err != nil {
 			return fmt.Errorf("interface %q: %w", in.Name, err)
 		}
 	}
 	// Gateways are reached through the routes without one.
-	sorted := slices.Clone(routes)
+	sorted := slices.Clone(req.Routes)
 	slices.SortStableFunc(sorted, func(a, b *agentpb.Route) int { return min(len(a.Gateway), 1) - min(len(b.Gateway), 1) })
 	for _, r := range sorted {
 		if err := addRoute(r); err != nil {
 			return fmt.Errorf("route to %s: %w", r.Destination, err)
 		}
 	}
+	for _, n := range req.Neighbors {
+		if err := addNeighbor(n); err != nil {
+			return fmt.Errorf("neighbor %s: %w", n.Address, err)
+		}
+	}
 	return nil
+}
+
+func addNeighbor(n *agentpb.Neighbor) error {
+	mac, err := net.ParseMAC(n.Mac)
+	if err != nil {
+		return fmt.Errorf("mac: %w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	ip, err := optionalIP("address", n.Address)
+	if err != nil {
+		return err
+	}
+	link, err := netlink.LinkByName(n.Interface)
+	if err != nil {
+		return fmt.Errorf("interface %q: %w", n.Interface, err)
+	}
+	return netlink.NeighSet(&netlink.Neigh{LinkIndex: link.Attrs().Index, State: netlink.NUD_PERMANENT, IP: ip, HardwareAddr: mac})
 }
 
 func configureInterface(ctx context.Context, in *agentpb.Interface) error {
@@ -120,6 +141,8 @@ func addAddress(link netlink.Link, cidr string) error {
 		// The address is the pod's by assignment; waiting for its detection would delay the start.
 		addr.Flags |= unix.IFA_F_NODAD
 	}
+	// The routes say which prefixes are on the link.
+	addr.Flags |= unix.IFA_F_NOPREFIXROUTE
 	return netlink.AddrReplace(link, addr)
 }
 
@@ -144,6 +167,9 @@ func addRoute(r *agentpb.Route) error {
 			return fmt.Errorf("interface %q: %w", r.Interface, err)
 		}
 		route.LinkIndex = link.Attrs().Index
+	}
+	if r.OnLink {
+		route.Flags |= int(netlink.FLAG_ONLINK)
 	}
 	if route.Gw == nil && route.Scope == netlink.SCOPE_UNIVERSE && dst.IP.To4() != nil {
 		// The kernel wants this scope for an IPv4 route without a gateway.

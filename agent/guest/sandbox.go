@@ -33,7 +33,7 @@ func (s *Server) ConfigureSandbox(ctx context.Context, req *agentpb.ConfigureSan
 		{"scratch_disk", func() error { return s.mountScratch(ctx, req.ScratchDisk) }},
 		{"shm_size_bytes", func() error { return s.mountShm(req.ShmSizeBytes) }},
 		{"sandbox files", func() error { return s.writeSandboxFiles(req) }},
-		{"network", func() error { return configureNetwork(ctx, req.Interfaces, req.Routes) }},
+		{"network", func() error { return configureNetwork(ctx, req) }},
 		{"sysctls", func() error { return setSysctls("/proc/sys", req.Sysctls) }},
 		{"pod_pid_namespace", func() error { return s.startPause(req.PodPidNamespace) }},
 	}
