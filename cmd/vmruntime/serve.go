@@ -1,0 +1,134 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/coreos/go-systemd/v22/daemon"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/vmruntime/vmruntime/runtime"
+	"github.com/vmruntime/vmruntime/runtime/delegate"
+)
+
+// stopTimeout is how long calls that run may go on after SIGTERM. Below systemd's 90 s, and short, since the
+// kubelet repeats what is broken off.
+const stopTimeout = 5 * time.Second
+
+// serve runs the daemon until ctx ends. The socket answers Unavailable until all pods are found again.
+func serve(ctx context.Context, cfg runtime.Config) (err error) {
+	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: cfg.Server.Level()}))
+	for _, dir := range []string{cfg.Server.Root, cfg.Server.State, filepath.Dir(cfg.Server.Socket)} {
+		// QEMU's own user has to pass through, but need not look.
+		if err := os.MkdirAll(dir, 0o711); err != nil {
+			return err
+		}
+	}
+	lock, err := takeLock(filepath.Join(cfg.Server.Root, "lock"))
+	if err != nil {
+		return err
+	}
+	defer closing(&err, lock.Close)
+	listener, err := listen(cfg.Server.Socket)
+	if err != nil {
+		return err
+	}
+	conn, err := delegate.Dial(cfg.Containerd.Address)
+	if err != nil {
+		return errors.Join(err, listener.Close())
+	}
+	defer closing(&err, conn.Close)
+	client, err := containerd.NewWithConn(conn)
+	if err != nil {
+		return errors.Join(err, listener.Close())
+	}
+	rt, err := runtime.New(cfg, runtime.Dependencies{
+		Containerd: client,
+		CRI:        conn,
+		Launcher:   []string{"/proc/self/exe", launchCommand},
+		Logger:     log,
+	})
+	if err != nil {
+		return errors.Join(err, listener.Close())
+	}
+	defer closing(&err, rt.Close)
+	return answer(ctx, rt, delegate.New(delegate.Options{VM: rt, Containerd: conn, Logger: log}), listener, log)
+}
+
+// answer serves calls, recovers the pods, says that it is ready, and waits for the end.
+func answer(ctx context.Context, rt *runtime.Runtime, server *delegate.Server, listener net.Listener, log *slog.Logger) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return server.Serve(listener) })
+	g.Go(func() error {
+		if err := rt.Recover(ctx); err != nil {
+			return fmt.Errorf("recover pods: %w", err)
+		}
+		server.SetReady()
+		log.Info("ready", "socket", listener.Addr().String(), "version", runtime.Version())
+		return notify(daemon.SdNotifyReady)
+	})
+	g.Go(func() error {
+		<-ctx.Done()
+		err := notify(daemon.SdNotifyStopping)
+		stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
+		defer cancel()
+		server.Stop(stop)
+		return err
+	})
+	err := g.Wait()
+	if errors.Is(err, context.Canceled) {
+		err = nil // told to end while recovering
+	}
+	log.Info("stopped; VM pods go on")
+	return err
+}
+
+func notify(state string) error {
+	_, err := daemon.SdNotify(false, state)
+	return err
+}
+
+// takeLock holds that no other daemon works on the same pods.
+func takeLock(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		return nil, errors.Join(fmt.Errorf("lock %s: %w; another vmruntime uses this server.root", path, err), f.Close())
+	}
+	return f, nil
+}
+
+// listen makes the socket, only for root from its first moment on. It replaces the one that a killed daemon left.
+func listen(path string) (net.Listener, error) {
+	info, err := os.Lstat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+	case err != nil:
+		return nil, err
+	case info.Mode().Type() != fs.ModeSocket:
+		return nil, fmt.Errorf("server.socket %s is there and not a socket; remove it or set another path", path)
+	default:
+		if err := os.Remove(path); err != nil {
+			return nil, err
+		}
+	}
+	// The mask is the whole process's, which does nothing else yet.
+	defer syscall.Umask(syscall.Umask(0o177))
+	return net.Listen("unix", path)
+}
+
+// closing adds the error of a deferred close to the function's own.
+func closing(err *error, f func() error) {
+	*err = errors.Join(*err, f())
+}
