@@ -109,8 +109,13 @@ func New(o Options) *Server {
 	return s
 }
 
-// Serve answers calls until Stop; then it returns nil.
-func (s *Server) Serve(l net.Listener) error { return s.grpc.Serve(l) }
+// Serve answers calls until Stop; then it returns nil. It closes the listener.
+func (s *Server) Serve(l net.Listener) error {
+	if err := s.grpc.Serve(l); !errors.Is(err, grpc.ErrServerStopped) {
+		return err
+	}
+	return nil // Stop came first
+}
 
 // SetReady ends the time in which every call is Unavailable.
 func (s *Server) SetReady() { s.ready.Store(true) }

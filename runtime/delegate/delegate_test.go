@@ -3,9 +3,12 @@ package delegate
 import (
 	"bytes"
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
+	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -423,7 +426,7 @@ func TestPassedUnchanged(t *testing.T) {
 		if err := cs.CloseSend(); err != nil {
 			t.Fatal(err)
 		}
-		if err := cs.RecvMsg(&frame{}); err != io.EOF {
+		if err := cs.RecvMsg(&frame{}); !errors.Is(err, io.EOF) {
 			t.Fatalf("%v, want EOF", err)
 		}
 	})
@@ -438,7 +441,7 @@ func TestPassedUnchanged(t *testing.T) {
 				t.Fatalf("%v, %v; want %s", got, err, want)
 			}
 		}
-		if _, err := ss.Recv(); err != io.EOF {
+		if _, err := ss.Recv(); !errors.Is(err, io.EOF) {
 			t.Fatalf("%v, want EOF", err)
 		}
 	})
@@ -636,7 +639,7 @@ func TestStreamedLists(t *testing.T) {
 	var got []string
 	for {
 		resp, err := ss.Recv()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			break
 		}
 		if err != nil {
@@ -688,4 +691,21 @@ func TestStopBreaksCallsOff(t *testing.T) {
 	wantCode(t, <-answered, codes.Unavailable)
 	close(release)
 	<-stopped
+}
+
+// A daemon may be told to stop before it has begun to serve.
+func TestStopBeforeServe(t *testing.T) {
+	s := New(Options{VM: newSide("vm", nil, nil), Containerd: must(t)(Dial("/nowhere")), Logger: slog.New(slog.DiscardHandler)})
+	t.Cleanup(func() { _ = s.containerd.Close() })
+	s.Stop(testContext(t))
+	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "s.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Serve(l); err != nil {
+		t.Errorf("Serve after Stop: %v, want nil", err)
+	}
+	if err := l.Close(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("the listener is left open: %v", err)
+	}
 }

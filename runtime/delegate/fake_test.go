@@ -5,7 +5,6 @@ import (
 	"errors"
 	"log/slog"
 	"net"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -272,7 +271,7 @@ func newNode(t testing.TB) *node {
 	t.Cleanup(func() { n.stop() })
 	up := must(t)(Dial(n.socket))
 	t.Cleanup(func() { _ = up.Close() })
-	n.server = New(Options{VM: n.vm, Containerd: up, Logger: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelError + 1}))})
+	n.server = New(Options{VM: n.vm, Containerd: up, Logger: slog.New(slog.DiscardHandler)})
 	front := filepath.Join(dir, "v.sock")
 	l, err := net.Listen("unix", front)
 	if err != nil {
