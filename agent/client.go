@@ -10,6 +10,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/ttrpc"
+	"google.golang.org/grpc/status"
 
 	"github.com/vmruntime/vmruntime/agent/agentpb"
 )
@@ -79,7 +80,8 @@ func (c *Client) intercept(ctx context.Context, req *ttrpc.Request, resp *ttrpc.
 	}
 	err := invoke(ctx, req, resp)
 	if err == nil {
-		return nil
+		// The guest's own error is in the answer.
+		return errgrpc.ToNative(status.FromProto(resp.GetStatus()).Err())
 	}
 	if ended := c.session.ended(); ended != nil && ctx.Err() == nil {
 		return fmt.Errorf("%s: session with the guest's agent lost: %w: %w", info.FullMethod, ended, errdefs.ErrUnavailable)

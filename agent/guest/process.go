@@ -207,6 +207,10 @@ func (p *process) begin(pid int, st *streams) {
 func (p *process) finish(e exit, oom bool) {
 	p.mu.Lock()
 	p.end, p.oom = e, oom
+	if e.at.Before(p.startedAt) {
+		// It ended before crun had told of its start.
+		p.end.at = p.startedAt
+	}
 	p.closeStdinLocked()
 	p.console = nil
 	p.mu.Unlock()
