@@ -16,7 +16,7 @@ import (
 const crashDir = "VMRUNTIME_CRILOG_CRASH_DIR"
 
 // sourceBytes is how long each stream of the source is.
-const sourceBytes = 1 << 20
+const sourceBytes = 2 << 20
 
 // makeSource is the output that is logged: lines of all lengths, some longer than a line of the log, and no newline at
 // the end.
@@ -54,7 +54,7 @@ func crashChild(dir string) {
 		for s := range streams {
 			rest := source[s][from[s]:]
 			done = done && rest == ""
-			_, err := w.Write(s, time.Now(), from[s], []byte(rest[:min(len(rest), 1+rand.IntN(6000))]))
+			_, err := w.Write(s, time.Now(), from[s], []byte(rest[:min(len(rest), 1+rand.IntN(3000))]))
 			exitOn(err)
 		}
 		say(w.Offsets())
@@ -62,9 +62,10 @@ func crashChild(dir string) {
 			exitOn(w.Flush(time.Now()))
 			say(w.Offsets())
 			exitOn(w.Close())
+			fmt.Println("finished")
 			os.Exit(0)
 		}
-		if rand.IntN(25) == 0 {
+		if rand.IntN(100) == 0 {
 			rotate(w)
 		}
 	}
@@ -128,7 +129,12 @@ func killRound(t *testing.T, dir string, safe *Offsets) bool {
 	}
 	lines := bufio.NewScanner(out)
 	var timer *time.Timer
+	finished := false
 	for lines.Scan() {
+		if lines.Text() == "finished" {
+			finished = true
+			break
+		}
 		var now Offsets
 		if _, err := fmt.Sscanf(lines.Text(), "safe %d %d", &now.Stdout, &now.Stderr); err != nil {
 			t.Errorf("child: %s", lines.Text())
@@ -145,5 +151,9 @@ func killRound(t *testing.T, dir string, safe *Offsets) bool {
 	if timer != nil {
 		timer.Stop()
 	}
-	return cmd.Wait() == nil
+	err = cmd.Wait()
+	if finished && err != nil {
+		t.Logf("killed after the end: %v", err)
+	}
+	return finished
 }
