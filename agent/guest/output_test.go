@@ -1,0 +1,168 @@
+package guest
+
+import (
+	"bytes"
+	"context"
+	"os"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"go.uber.org/goleak"
+)
+
+func TestMain(m *testing.M) {
+	// os/signal keeps its own goroutine once it has been used.
+	goleak.VerifyTestMain(m, goleak.IgnoreTopFunction("os/signal.signal_recv"), goleak.IgnoreTopFunction("os/signal.loop"))
+}
+
+func pipeInto(t *testing.T, o *output, id int) *os.File {
+	t.Helper()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	o.attach(id, r)
+	return w
+}
+
+func readFrom(t *testing.T, o *output, offsets [2]uint64) (string, bool) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	chunks, eof, err := o.read(ctx, offsets, 1<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var text strings.Builder
+	for _, c := range chunks {
+		text.Write(c.Data)
+	}
+	return text.String(), eof
+}
+
+func TestOutputIsKeptUntilAcknowledged(t *testing.T) {
+	o := newOutput(0)
+	w := pipeInto(t, o, stdout)
+	o.attach(stderr, nil)
+	if _, err := w.WriteString("hello"); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if got, _ := readFrom(t, o, [2]uint64{0, 0}); got != "hello" {
+			t.Errorf("got %q", got)
+		}
+	}
+	if got, _ := readFrom(t, o, [2]uint64{3, 0}); got != "lo" {
+		t.Errorf("got %q", got)
+	}
+	if _, _, err := o.read(t.Context(), [2]uint64{2, 0}, 10); !errdefs.IsOutOfRange(err) {
+		t.Errorf("read of forgotten bytes: %v", err)
+	}
+	if _, _, err := o.read(t.Context(), [2]uint64{6, 0}, 10); !errdefs.IsOutOfRange(err) {
+		t.Errorf("read beyond the end: %v", err)
+	}
+	_ = w.Close()
+	if got, eof := readFrom(t, o, [2]uint64{5, 0}); got != "" || !eof {
+		t.Errorf("got %q, eof %v", got, eof)
+	}
+	o.stop()
+}
+
+func TestOutputBlocksTheWriter(t *testing.T) {
+	const bound = 8 << 10
+	o := newOutput(bound)
+	w := pipeInto(t, o, stdout)
+	o.attach(stderr, nil)
+	data := bytes.Repeat([]byte("0123456789abcdef"), 64<<10) // 1 MiB
+	done := make(chan error, 1)
+	go func() {
+		_, err := w.Write(data)
+		_ = w.Close()
+		done <- err
+	}()
+	var got bytes.Buffer
+	for {
+		o.mu.Lock()
+		held := o.streams[stdout].held
+		o.mu.Unlock()
+		if held > bound+chunkCost {
+			t.Fatalf("%d bytes are held, the bound is %d", held, bound)
+		}
+		text, eof := readFrom(t, o, [2]uint64{uint64(got.Len()), 0})
+		got.WriteString(text)
+		if eof {
+			break
+		}
+	}
+	if err := <-done; err != nil || !bytes.Equal(got.Bytes(), data) {
+		t.Errorf("%d of %d bytes, write %v", got.Len(), len(data), err)
+	}
+	o.stop()
+}
+
+func TestOutputKeepsOrderOfStreams(t *testing.T) {
+	o := newOutput(0)
+	for i := range 6 {
+		o.add(i%2, []byte{byte('a' + i)})
+	}
+	if got, _ := readFrom(t, o, [2]uint64{}); got != "abcdef" {
+		t.Errorf("got %q", got)
+	}
+	if got, _ := readFrom(t, o, [2]uint64{1, 2}); got != "cef" {
+		t.Errorf("got %q", got)
+	}
+}
+
+func TestOutputOfManyTinyWritesIsBounded(t *testing.T) {
+	o := newOutput(64 << 10)
+	for range 100 {
+		o.add(stdout, []byte("x"))
+		o.add(stderr, []byte("y"))
+	}
+	if held := o.streams[stdout].held; held < 100*chunkCost {
+		t.Errorf("%d bytes are held for 100 chunks", held)
+	}
+	o2 := newOutput(64 << 10)
+	for range 100 {
+		o2.add(stdout, []byte("x"))
+	}
+	if n := len(o2.chunks); n > 10 {
+		t.Errorf("%d chunks of bytes that came at once", n)
+	}
+}
+
+// Children that keep the pipe open do not hold back the end.
+func TestOutputEndsAfterSilence(t *testing.T) {
+	o := newOutput(0)
+	w := pipeInto(t, o, stdout)
+	defer w.Close()
+	o.attach(stderr, nil)
+	if _, err := w.WriteString("last"); err != nil {
+		t.Fatal(err)
+	}
+	o.finish()
+	begin := time.Now()
+	if got, _ := readFrom(t, o, [2]uint64{}); got != "last" {
+		t.Errorf("got %q", got)
+	}
+	if _, eof := readFrom(t, o, [2]uint64{4, 0}); !eof || time.Since(begin) > 3*drainIdle {
+		t.Errorf("eof %v after %s", eof, time.Since(begin))
+	}
+	o.stop()
+}
+
+func TestOutputWaitsForTheDeadline(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o := newOutput(0)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		begin := time.Now()
+		chunks, eof, err := o.read(ctx, [2]uint64{}, 10)
+		if len(chunks) > 0 || eof || err != nil || time.Since(begin) != time.Minute {
+			t.Errorf("%v %v %v after %s", chunks, eof, err, time.Since(begin))
+		}
+	})
+}
