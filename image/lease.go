@@ -58,15 +58,17 @@ func (s *Store) buildLease(ctx context.Context) (context.Context, string, error)
 	return leases.WithLease(ctx, id), id, nil
 }
 
-// pruneLeases removes the leases of owners that are not live.
+// pruneLeases removes the leases of owners that are not live, and those of
+// builds that a crash cut short, with their views.
 func (s *Store) pruneLeases(ctx context.Context, live map[string]bool) error {
-	all, err := s.opts.Client.LeasesService().List(ctx, fmt.Sprintf("labels.%q", ownerLabel))
+	all, err := s.opts.Client.LeasesService().List(ctx,
+		fmt.Sprintf("labels.%q", ownerLabel), fmt.Sprintf("labels.%q", buildLabel))
 	if err != nil {
 		return fmt.Errorf("list leases: %w", err)
 	}
 	var errs []error
 	for _, l := range all {
-		if owner := l.Labels[ownerLabel]; !live[owner] {
+		if owner, ok := l.Labels[ownerLabel]; !ok || !live[owner] {
 			errs = append(errs, s.deleteLease(ctx, l.ID))
 		}
 	}

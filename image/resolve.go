@@ -60,7 +60,7 @@ func (s *Store) resolveID(ctx context.Context, ref string) (*resolved, error) {
 	var found *resolved
 	for _, img := range all {
 		r, err := s.describe(ctx, img)
-		if errdefs.IsUnavailable(err) {
+		if errdefs.IsUnavailable(err) || ctx.Err() != nil {
 			return nil, err
 		}
 		if err != nil || !matchesID(r.config.Digest, ref) {

@@ -119,15 +119,20 @@ func readOnly(mounts []mount.Mount) []mount.Mount {
 }
 
 // openDetached mounts, opens the root and takes the mount out of the tree again.
-func openDetached(mounts []mount.Mount, tmp string) (_ *os.Root, err error) {
+func openDetached(mounts []mount.Mount, tmp string) (root *os.Root, err error) {
 	dir, err := os.MkdirTemp(tmp, "view-")
 	if err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, removeTmp(dir, true)) }()
+	defer func() {
+		cleanup := errors.Join(mount.UnmountMounts(mounts, dir, unix.MNT_DETACH), removeTmp(dir, true))
+		if cleanup != nil && root != nil {
+			cleanup = errors.Join(cleanup, root.Close())
+		}
+		err = errors.Join(err, cleanup)
+	}()
 	if err := mount.All(mounts, dir); err != nil {
 		return nil, fmt.Errorf("mount snapshot: %w", err)
 	}
-	defer func() { err = errors.Join(err, mount.UnmountMounts(mounts, dir, unix.MNT_DETACH)) }()
 	return os.OpenRoot(dir)
 }
