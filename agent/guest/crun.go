@@ -9,6 +9,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // crunTimeout bounds one run of crun. A call that the host has given up on goes on until then, so that
@@ -30,7 +32,7 @@ type crunCall struct {
 func (s *Server) crun(ctx context.Context, c crunCall, files [3]uintptr) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), crunTimeout)
 	defer cancel()
-	argv := append([]string{s.opts.Crun, "--cgroup-manager=cgroupfs", "--root", s.opts.CrunRoot, "--log", c.log}, c.args...)
+	argv := append([]string{fmt.Sprintf("/proc/self/fd/%d", s.crunFile.Fd()), "--cgroup-manager=cgroupfs", "--root", s.opts.CrunRoot, "--log", c.log}, c.args...)
 	if c.pidFile != "" {
 		argv = append(argv, "--pid-file", c.pidFile)
 	}
@@ -76,6 +78,31 @@ func crunError(log string, code int) string {
 		return fmt.Sprintf("exit status %d", code)
 	}
 	return strings.Join(reasons, "; ")
+}
+
+// sealedCopy copies a program into a sealed memory file. crun makes such a copy of itself and executes
+// that, at every call, lest a container gets hold of the program and writes to it; called from one already,
+// it need not.
+func sealedCopy(program string) (*os.File, error) {
+	data, err := os.ReadFile(program)
+	if err != nil {
+		return nil, err
+	}
+	fd, err := unix.MemfdCreate(filepath.Base(program), unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
+	if err != nil {
+		return nil, fmt.Errorf("memory file for %s: %w", program, err)
+	}
+	f := os.NewFile(uintptr(fd), program)
+	const seals = unix.F_SEAL_SEAL | unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_WRITE
+	_, err = f.Write(data)
+	if err == nil {
+		_, err = unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS, seals)
+	}
+	if err != nil {
+		_ = f.Close()
+		return nil, fmt.Errorf("memory file for %s: %w", program, err)
+	}
+	return f, nil
 }
 
 func readInt(path string) (int64, error) {

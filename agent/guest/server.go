@@ -51,7 +51,9 @@ type Server struct {
 	opts   Options
 	log    *slog.Logger
 	reaper *reaper
-	images imageMounts
+	// crunFile is crun in a sealed memory file.
+	crunFile *os.File
+	images   imageMounts
 	// work are the goroutines that follow processes.
 	work sync.WaitGroup
 	// consoles numbers the sockets for terminals.
@@ -87,6 +89,10 @@ func New(opts Options) (*Server, error) {
 	}
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 		return nil, fmt.Errorf("become a subreaper: %w", err)
+	}
+	var err error
+	if s.crunFile, err = sealedCopy(opts.Crun); err != nil {
+		return nil, err
 	}
 	s.reaper = newReaper()
 	return s, nil
@@ -127,7 +133,7 @@ func (s *Server) Close() error {
 	err := s.removeAll(ctx)
 	s.work.Wait()
 	s.reaper.close()
-	return err
+	return errors.Join(err, s.crunFile.Close())
 }
 
 func (s *Server) removeAll(ctx context.Context) error {

@@ -83,7 +83,7 @@ func testInfo(t *testing.T, _ *machine, c *agent.Client) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !info.Configured || info.CpusOnline != 2 || info.BootId == "" || info.KernelRelease == "" || info.MemoryTotalBytes < 256<<20 {
+	if !info.Configured || info.CpusOnline != 2 || info.BootId == "" || info.KernelRelease == "" || info.MemoryTotalBytes < 256<<20 || info.AgentVersion != testVersion {
 		t.Errorf("info %v", info)
 	}
 }

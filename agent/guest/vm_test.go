@@ -29,6 +29,9 @@ type machine struct {
 	console bytes.Buffer
 }
 
+// testVersion tells that the guest runs what this test has built.
+const testVersion = "test-of-this-checkout"
+
 // guestDir is where make guest puts its result.
 func guestDir() string {
 	if dir := os.Getenv("VMRUNTIME_GUEST"); dir != "" {
@@ -112,7 +115,7 @@ func (m *machine) path(name string) string { return filepath.Join(m.dir, name) }
 // archives one after the other.
 func (m *machine) buildInitramfs() {
 	m.t.Helper()
-	output(m.t, "../..", "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", m.path("vmagent"), "./cmd/vmagent")
+	output(m.t, "../..", "go", "build", "-trimpath", "-ldflags", "-s -w -X main.version="+testVersion, "-o", m.path("vmagent"), "./cmd/vmagent")
 	data, err := os.ReadFile(filepath.Join(guestDir(), "initramfs"))
 	if err != nil {
 		m.t.Fatal(err)
@@ -129,6 +132,8 @@ func (m *machine) buildInitramfs() {
 	if err := cpio.WriteTrailer(w); err != nil {
 		m.t.Fatal(err)
 	}
+	// The next archive begins at a multiple of four.
+	data = append(data, make([]byte, (4-len(data)%4)%4)...)
 	if err := os.WriteFile(m.path("initramfs"), append(data, extra.Bytes()...), 0o600); err != nil {
 		m.t.Fatal(err)
 	}
