@@ -26,7 +26,7 @@ import (
 // DigestImage is the digest of the image that critest pulls by digest. The
 // original is on a public registry; test/images makes one whose bytes depend on
 // nothing outside that package, and its test holds it to this value.
-const DigestImage = "sha256:93a6a1a1f2f9bb82b4a2e8b67cd2f9bb3b1dd5e6bb1d5c9b7ad7d1f8f9b3d0a1"
+const DigestImage = "sha256:46f41ab0e3cc7b9017d83d241c59e8be7a5f5ed905ad8f03d5ddaaae96c85e4f"
 
 // Set is one module's programs.
 type Set struct {

@@ -1,0 +1,34 @@
+// Command server is a small web server without any file beside it: the kind of
+// image that has no shell and no libraries. It answers with its hostname, and
+// with what it got on /echo.
+package main
+
+import (
+	"fmt"
+	"io"
+	"log"
+	"net/http"
+	"os"
+)
+
+func main() {
+	http.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
+		name, err := os.Hostname()
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+			return
+		}
+		fmt.Fprintln(w, "hello from", name)
+	})
+	http.HandleFunc("/echo", func(w http.ResponseWriter, r *http.Request) {
+		if _, err := io.Copy(w, r.Body); err != nil {
+			log.Print("echo: ", err)
+		}
+	})
+	addr := ":8080"
+	if len(os.Args) > 1 {
+		addr = os.Args[1]
+	}
+	log.Print("server: listening on ", addr)
+	log.Fatal(http.ListenAndServe(addr, nil))
+}
