@@ -16,7 +16,7 @@ import (
 const crashDir = "VMRUNTIME_CRILOG_CRASH_DIR"
 
 // sourceBytes is how long each stream of the source is.
-const sourceBytes = 2 << 20
+const sourceBytes = 1 << 20
 
 // makeSource is the output that is logged: lines of all lengths, some longer than a line of the log, and no newline at
 // the end.
@@ -54,7 +54,7 @@ func crashChild(dir string) {
 		for s := range streams {
 			rest := source[s][from[s]:]
 			done = done && rest == ""
-			_, err := w.Write(s, time.Now(), from[s], []byte(rest[:min(len(rest), 1+rand.IntN(3000))]))
+			_, err := w.Write(s, time.Now(), from[s], []byte(rest[:min(len(rest), 1+rand.IntN(1500))]))
 			exitOn(err)
 		}
 		say(w.Offsets())
