@@ -150,7 +150,16 @@ func loadBoot() error {
 	if err != nil {
 		return err
 	}
-	return loadModules(list.Boot)
+	return loadModules(list.Boot, bootParameters)
+}
+
+// bootParameters let a driver's search for its devices go on beside the loading of the next one: whoever
+// needs a device waits for it.
+func bootParameters(file string) string {
+	if file == "scsi_mod.ko" {
+		return "async_probe=1 scan=async"
+	}
+	return "async_probe=1"
 }
 
 // loadLazy loads the modules of one feature. A kernel that has it built in lists none.
@@ -159,25 +168,25 @@ func loadLazy(feature string) error {
 	if err != nil {
 		return err
 	}
-	return loadModules(list.Lazy[feature])
+	return loadModules(list.Lazy[feature], func(string) string { return "" })
 }
 
-func loadModules(files []string) error {
+func loadModules(files []string, parameters func(file string) string) error {
 	for _, name := range files {
-		if err := loadModule(filepath.Join(modulesDir, name)); err != nil {
+		if err := loadModule(filepath.Join(modulesDir, name), parameters(name)); err != nil {
 			return fmt.Errorf("load module %s: %w", name, err)
 		}
 	}
 	return nil
 }
 
-func loadModule(path string) error {
+func loadModule(path, parameters string) error {
 	f, err := os.Open(path)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	err = unix.FinitModule(int(f.Fd()), "", 0)
+	err = unix.FinitModule(int(f.Fd()), parameters, 0)
 	if errors.Is(err, unix.EEXIST) {
 		return nil
 	}

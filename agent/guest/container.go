@@ -385,16 +385,17 @@ func (s *Server) UpdateContainer(ctx context.Context, req *agentpb.UpdateContain
 	if err != nil {
 		return nil, err
 	}
-	res := &specs.LinuxResources{}
-	if err := json.Unmarshal(req.Resources, res); err != nil {
+	if err := json.Unmarshal(req.Resources, &specs.LinuxResources{}); err != nil {
 		return nil, fmt.Errorf("resources: %w: %w", err, errdefs.ErrInvalidArgument)
 	}
 	c.lifecycle.Lock()
 	defer c.lifecycle.Unlock()
 	if !c.main.state().Started {
-		res.Devices = append(res.Devices, deviceRules(c.spec)...)
-		c.spec.Linux.Resources = res
-		return &agentpb.Empty{}, nil
+		if c.spec.Linux.Resources == nil {
+			c.spec.Linux.Resources = &specs.LinuxResources{}
+		}
+		// What is not given stays.
+		return &agentpb.Empty{}, json.Unmarshal(req.Resources, c.spec.Linux.Resources)
 	}
 	if c.main.hasExited() {
 		return nil, fmt.Errorf("container %q has ended: %w", c.id, errdefs.ErrFailedPrecondition)
@@ -405,11 +406,4 @@ func (s *Server) UpdateContainer(ctx context.Context, req *agentpb.UpdateContain
 	}
 	call := crunCall{log: filepath.Join(c.dir, "crun-update.log"), args: []string{"update", "--resources", path}, last: []string{c.id}}
 	return &agentpb.Empty{}, s.crunQuiet(ctx, call)
-}
-
-func deviceRules(spec *specs.Spec) []specs.LinuxDeviceCgroup {
-	if spec.Linux.Resources == nil {
-		return nil
-	}
-	return spec.Linux.Resources.Devices
 }
