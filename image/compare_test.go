@@ -137,7 +137,7 @@ func (n *testNode) mountView(ref, snapshotter string) string {
 }
 
 // mountFile mounts a file system in a file through a loop device.
-func mountFile(t *testing.T, file, fstype string, options ...string) string {
+func mountFile(t testing.TB, file, fstype string, options ...string) string {
 	t.Helper()
 	dir := t.TempDir()
 	m := mount.Mount{Type: fstype, Source: file, Options: append(options, "loop")}

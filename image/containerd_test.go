@@ -29,7 +29,7 @@ func TestMain(m *testing.M) {
 
 // node is a private containerd with its CRI plugin.
 type testNode struct {
-	t       *testing.T
+	t       testing.TB
 	dir     string
 	command *exec.Cmd
 	client  *containerd.Client
@@ -45,7 +45,7 @@ disabled_plugins = ["io.containerd.nri.v1.nri"]
   restrict_oom_score_adj = true
 `
 
-func startContainerd(t *testing.T) *testNode {
+func startContainerd(t testing.TB) *testNode {
 	t.Helper()
 	if testing.Short() {
 		t.Skip("needs containerd and root: run by make test")
@@ -129,10 +129,11 @@ func (n *testNode) load(ref string, img v1.Image, snapshotter string) containerd
 	if err := tarball.Write(tag, img, &buf); err != nil {
 		n.t.Fatal(err)
 	}
-	if _, err := n.client.Import(n.ctx(), &buf); err != nil {
+	imported, err := n.client.Import(n.ctx(), &buf)
+	if err != nil {
 		n.t.Fatal(err)
 	}
-	got, err := n.client.GetImage(n.ctx(), tag.Name())
+	got, err := n.client.GetImage(n.ctx(), imported[0].Name)
 	if err != nil {
 		n.t.Fatal(err)
 	}
@@ -153,7 +154,7 @@ func (n *testNode) load(ref string, img v1.Image, snapshotter string) containerd
 }
 
 // await waits until done, which is asked again and again, bounded by 30 seconds.
-func await(t *testing.T, what string, done func() bool) {
+func await(t testing.TB, what string, done func() bool) {
 	t.Helper()
 	deadline := time.After(30 * time.Second)
 	tick := time.NewTicker(20 * time.Millisecond)

@@ -1,6 +1,7 @@
 package image
 
 import (
+	"archive/tar"
 	"bufio"
 	"context"
 	"errors"
@@ -23,6 +24,7 @@ import (
 	"github.com/containerd/errdefs"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 )
 
 const testRef = "registry.test/two-layers:1"
@@ -45,7 +47,7 @@ func (n *testNode) store(change ...func(*Options)) *Store {
 
 func twoLayers(t *testing.T) v1.Image { return imageOf(t, "web", baseLayer(t), upperLayer(t)) }
 
-func ensure(t *testing.T, s *Store, ref, owner string) *Image {
+func ensure(t testing.TB, s *Store, ref, owner string) *Image {
 	t.Helper()
 	img, err := s.Ensure(t.Context(), ref, owner)
 	if err != nil {
@@ -74,11 +76,23 @@ func TestRootFSIsWhatAContainerSees(t *testing.T) {
 	for _, snapshotter := range []string{"overlayfs", "native", "erofs"} {
 		t.Run(snapshotter, func(t *testing.T) {
 			n := startContainerd(t)
-			n.load(testRef, twoLayers(t), snapshotter)
+			layers := []v1.Layer{baseLayer(t), upperLayer(t)}
+			if snapshotter != "erofs" {
+				layers = append(layers, longNameLayer(t))
+			}
+			n.load(testRef, imageOf(t, "web", layers...), snapshotter)
 			s := n.store()
 			img := ensure(t, s, testRef, "c1")
 			want := list(t, n.mountView(testRef, snapshotter))
 			mustEqual(t, want, list(t, mountFile(t, img.RootFS, "erofs", "ro")))
+			for path, part := range map[string]string{
+				"bin/ping": "security.capability=01", "etc/acl": "system.posix_acl_access=02", "bin/su": "mode=104755",
+				"bin/applet49": "first=bin/applet00 ", "dev/large": "rdev=", "etc/size-1": ".123456789 ", "etc/epoch": "mtime=0.",
+			} {
+				if !strings.Contains(want[path], part) {
+					t.Errorf("the test image lacks %s at %s: %s", part, path, want[path])
+				}
+			}
 			for _, gone := range []string{"etc/gone", "removed", "opaque/old", "opaque/sub", "bin/cut-removed", "becomes-file/inner"} {
 				if _, ok := want[gone]; ok {
 					t.Errorf("%s is there", gone)
@@ -101,6 +115,24 @@ func TestImageOfOneLayerHidesWhiteouts(t *testing.T) {
 	img := ensure(t, n.store(), testRef, "c1")
 	if got := list(t, mountFile(t, img.RootFS, "erofs", "ro")); len(got) != 2 || got["file"] == "" {
 		t.Errorf("entries: %v, want the root and one file", got)
+	}
+}
+
+// TestImageCannotSteerTheOverlay: the guest puts an overlay on the root file
+// system, which would follow attributes of overlayfs in it.
+func TestImageCannotSteerTheOverlay(t *testing.T) {
+	n := startContainerd(t)
+	l := newLayer(t)
+	l.add(tar.Header{Name: "dir/", Typeflag: tar.TypeDir, Mode: 0o755, PAXRecords: map[string]string{
+		"SCHILY.xattr.user.overlay.opaque": "y", "SCHILY.xattr.user.overlay.redirect": "/etc", "SCHILY.xattr.user.kept": "1",
+	}}, "")
+	n.load(testRef, imageOf(t, "", l.done()), "native")
+	img := ensure(t, n.store(), testRef, "c1")
+	dir := mountFile(t, img.RootFS, "erofs", "ro")
+	buf := make([]byte, 4096)
+	size, err := unix.Llistxattr(filepath.Join(dir, "dir"), buf)
+	if got := string(buf[:max(size, 0)]); err != nil || got != "user.kept\x00" {
+		t.Errorf("attributes %q, %v, want user.kept alone", got, err)
 	}
 }
 
