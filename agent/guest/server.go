@@ -257,7 +257,7 @@ func (s *Server) Wait(ctx context.Context, ref *agentpb.ProcessRef) (*agentpb.Pr
 }
 
 // maxOutput bounds the bytes of one answer.
-const maxOutput = 1 << 20
+const maxOutput = 256 << 10
 
 // ReadOutput acknowledges and reads. An answer with neither chunks nor eof says that nothing came in time.
 func (s *Server) ReadOutput(ctx context.Context, req *agentpb.ReadOutputRequest) (*agentpb.ReadOutputResponse, error) {
