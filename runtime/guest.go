@@ -1,0 +1,290 @@
+package runtime
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/vmruntime/vmruntime/agent"
+	"github.com/vmruntime/vmruntime/agent/agentpb"
+	"github.com/vmruntime/vmruntime/qemu"
+)
+
+const (
+	// bootTimeout bounds the time from QEMU's start to the agent's answer. Under TCG on a loaded node a
+	// boot of two seconds can take many times that.
+	bootTimeout = 2 * time.Minute
+	// plugTimeout bounds one hot-plug.
+	plugTimeout = 30 * time.Second
+	shareTag    = "shares"
+	// shutdownTimeout bounds how long a guest may take to write its shares back and power off.
+	shutdownTimeout = 2 * time.Second
+)
+
+// guest is one boot of a pod's VM. It owns the goroutine that keeps a session with the agent; Close
+// returns after that has ended, and leaves QEMU running.
+type guest struct {
+	pod  *pod
+	boot int
+	vm   *qemu.VM
+	log  *slog.Logger
+
+	mu      sync.Mutex
+	client  *agent.Client
+	failure error         // why the guest is no more
+	changed chan struct{} // closed and replaced when client or failure change
+
+	plug  sync.Mutex        // held while devices are added
+	share *qemu.ShareServer // started by this daemon; plug guards it
+
+	cancel context.CancelFunc
+	owned  sync.WaitGroup
+	done   chan struct{}
+}
+
+// newGuest begins to supervise a VM that runs.
+func newGuest(p *pod, boot int, vm *qemu.VM) *guest {
+	ctx, cancel := context.WithCancel(p.rt.ctx)
+	g := &guest{
+		pod: p, boot: boot, vm: vm,
+		log:     p.log.With("boot", boot),
+		changed: make(chan struct{}),
+		cancel:  cancel,
+		done:    make(chan struct{}),
+	}
+	g.owned.Go(func() {
+		select {
+		case <-vm.Done():
+			cancel()
+		case <-ctx.Done():
+		}
+	})
+	g.owned.Go(func() { g.supervise(ctx) })
+	return g
+}
+
+// Close ends the supervision. The VM goes on.
+func (g *guest) Close() error {
+	g.cancel()
+	g.owned.Wait()
+	g.plug.Lock()
+	defer g.plug.Unlock()
+	if g.share != nil {
+		return errors.Join(g.vm.Close(), g.share.Close())
+	}
+	return g.vm.Close()
+}
+
+// supervise keeps a session with the agent until the VM ends or the daemon does.
+func (g *guest) supervise(ctx context.Context) {
+	defer close(g.done)
+	deadline := time.Now().Add(bootTimeout)
+	for {
+		client, err := g.connect(ctx, deadline)
+		if err != nil {
+			g.endOf(ctx, err)
+			return
+		}
+		g.publish(client, nil)
+		select {
+		case <-client.Done():
+		case <-ctx.Done():
+		}
+		g.publish(nil, nil)
+		if err := client.Close(); err != nil {
+			g.log.Debug("closing the agent session", "error", err)
+		}
+		deadline = time.Now().Add(bootTimeout)
+	}
+}
+
+// connect begins a session and makes the guest this pod. It fails when the VM ends first.
+func (g *guest) connect(ctx context.Context, deadline time.Time) (*agent.Client, error) {
+	ctx, cancel := context.WithDeadline(ctx, deadline)
+	defer cancel()
+	client, err := agent.Dial(ctx, g.vm.AgentSocket())
+	if err != nil {
+		return nil, fmt.Errorf("the guest's agent does not answer: %w", err)
+	}
+	if err := g.configure(ctx, client); err != nil {
+		return nil, errors.Join(fmt.Errorf("configure the guest: %w", err), client.Close())
+	}
+	return client, nil
+}
+
+func (g *guest) configure(ctx context.Context, client *agent.Client) error {
+	info, err := client.Info(ctx, &agentpb.InfoRequest{})
+	if err != nil || info.GetConfigured() {
+		return err
+	}
+	req, err := g.pod.sandboxRequest()
+	if err != nil {
+		return err
+	}
+	req.Entropy = make([]byte, 64)
+	if _, err := rand.Read(req.Entropy); err != nil {
+		return err
+	}
+	req.TimeUnixNano = time.Now().UnixNano()
+	if _, err := client.ConfigureSandbox(ctx, req); err != nil {
+		return err
+	}
+	return g.pod.applyCPUQuota()
+}
+
+// endOf records why no session is to be had any more. A VM whose agent stays silent is killed: nothing
+// could be told or asked of it.
+func (g *guest) endOf(ctx context.Context, err error) {
+	select {
+	case <-g.vm.Done():
+		err = g.vm.Err()
+		if err == nil {
+			err = errors.New("QEMU ended")
+		}
+	default:
+		if ctx.Err() != nil {
+			return // closed; the VM goes on
+		}
+		kill, cancel := context.WithTimeout(context.WithoutCancel(ctx), plugTimeout)
+		defer cancel()
+		err = errors.Join(err, g.vm.Kill(kill))
+	}
+	g.log.Warn("the guest ended", "error", err)
+	g.publish(nil, err)
+}
+
+func (g *guest) publish(c *agent.Client, failure error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.client = c
+	if failure != nil {
+		g.failure = failure
+	}
+	close(g.changed)
+	g.changed = make(chan struct{})
+}
+
+// errGuestGone says that the VM has ended; what ran in it is over.
+type errGuestGone struct{ cause error }
+
+func (e errGuestGone) Error() string { return "the VM has ended: " + e.cause.Error() }
+func (e errGuestGone) Unwrap() []error {
+	return []error{e.cause, errdefs.ErrUnavailable}
+}
+
+// session waits for a session with the agent. It fails with errGuestGone when there will be none.
+func (g *guest) session(ctx context.Context) (*agent.Client, error) {
+	for {
+		g.mu.Lock()
+		client, failure, changed := g.client, g.failure, g.changed
+		g.mu.Unlock()
+		if failure != nil {
+			return nil, errGuestGone{failure}
+		}
+		if client != nil {
+			return client, nil
+		}
+		select {
+		case <-changed:
+		case <-g.done:
+			return nil, fmt.Errorf("the runtime is stopping: %w", errdefs.ErrUnavailable)
+		case <-ctx.Done():
+			return nil, fmt.Errorf("waiting for the guest's agent: %w", ctx.Err())
+		}
+	}
+}
+
+// alive tells whether the VM has not ended.
+func (g *guest) alive() bool {
+	select {
+	case <-g.vm.Done():
+		return false
+	default:
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		return g.failure == nil
+	}
+}
+
+// plugDisk makes an image's EROFS file a disk of the guest, once.
+func (g *guest) plugDisk(ctx context.Context, d imageDisk) error {
+	g.plug.Lock()
+	defer g.plug.Unlock()
+	for _, serial := range g.pod.rec.Status().Guest.Disks {
+		if serial == d.Serial {
+			return nil
+		}
+	}
+	ctx, cancel := context.WithTimeout(ctx, plugTimeout)
+	defer cancel()
+	err := g.vm.AddDisk(ctx, qemu.Disk{Serial: d.Serial, Path: d.Path, Format: "raw", ReadOnly: true})
+	if err != nil && !errdefs.IsAlreadyExists(err) {
+		return fmt.Errorf("plug image disk %s: %w", d.Serial, err)
+	}
+	return g.pod.update(func(s *podStatus) error {
+		s.Guest.Disks = append(s.Guest.Disks, d.Serial)
+		return nil
+	})
+}
+
+// mountShare gives the guest the pod's tree of shared directories, once: virtiofsd on the node, the
+// device hot-plugged, the mount in the guest.
+func (g *guest) mountShare(ctx context.Context, client *agent.Client) error {
+	g.plug.Lock()
+	defer g.plug.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, plugTimeout)
+	defer cancel()
+	if g.pod.rec.Status().Guest.Share == nil {
+		if err := g.startShare(ctx); err != nil {
+			return err
+		}
+	}
+	_, err := client.MountShare(ctx, &agentpb.MountShareRequest{Tag: shareTag})
+	return err
+}
+
+func (g *guest) startShare(ctx context.Context) error {
+	spec, err := g.pod.shareSpec()
+	if err != nil {
+		return err
+	}
+	server, err := qemu.StartShareServer(ctx, spec)
+	if err != nil {
+		return fmt.Errorf("start virtiofsd: %w", err)
+	}
+	record := server.Record()
+	if err := g.vm.AddShare(ctx, qemu.Share{Tag: shareTag, Socket: server.Socket()}); err != nil {
+		return errors.Join(fmt.Errorf("plug the share: %w", err), server.Kill(ctx), server.Close())
+	}
+	g.share = server
+	return g.pod.update(func(s *podStatus) error {
+		s.Guest.Share = &record
+		return nil
+	})
+}
+
+// shutdown asks the guest to sync and power off, for a moment: what is left is killed by the caller.
+func (g *guest) shutdown(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, shutdownTimeout)
+	defer cancel()
+	g.mu.Lock()
+	client := g.client
+	g.mu.Unlock()
+	if client == nil {
+		return
+	}
+	if _, err := client.Shutdown(ctx, &agentpb.ShutdownRequest{}); err != nil {
+		g.log.Debug("the guest did not shut down", "error", err)
+		return
+	}
+	select {
+	case <-g.vm.Done():
+	case <-ctx.Done():
+	}
+}

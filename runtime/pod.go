@@ -1,0 +1,313 @@
+package runtime
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sync/errgroup"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/vmruntime/vmruntime/agent/agentpb"
+	"github.com/vmruntime/vmruntime/network"
+	"github.com/vmruntime/vmruntime/qemu"
+	"github.com/vmruntime/vmruntime/runtime/cgroup"
+	"github.com/vmruntime/vmruntime/runtime/state"
+)
+
+// pod is a sandbox while the daemon runs: its record and, when there is one, its guest.
+type pod struct {
+	rt  *Runtime
+	id  string
+	rec *state.Record[podSpec, podStatus]
+	log *slog.Logger
+
+	// life is held by whatever makes or ends the sandbox or its guest: one at a time.
+	life sync.Mutex
+	// scratch is the disk for the next guest; life guards it.
+	scratch string
+
+	mu    sync.Mutex
+	guest *guest
+	files *projections
+	cpu   cpuSample
+}
+
+func (rt *Runtime) newPod(rec *state.Record[podSpec, podStatus]) *pod {
+	return &pod{rt: rt, id: rec.ID(), rec: rec, log: rt.log.With("pod", rec.ID())}
+}
+
+func (p *pod) config() *runtimeapi.PodSandboxConfig { return p.rec.Spec().Config.M }
+
+func (p *pod) update(change func(*podStatus) error) error { return p.rec.Update(change) }
+
+// state is READY while the sandbox has not been stopped and its network is there.
+func (p *pod) state() runtimeapi.PodSandboxState {
+	s := p.rec.Status()
+	if s.ReadyAt.IsZero() || !s.StoppedAt.IsZero() || s.Network == nil {
+		return runtimeapi.PodSandboxState_SANDBOX_NOTREADY
+	}
+	if _, err := os.Stat(s.Network.NetNS); err != nil {
+		return runtimeapi.PodSandboxState_SANDBOX_NOTREADY
+	}
+	return runtimeapi.PodSandboxState_SANDBOX_READY
+}
+
+func (p *pod) runDir() string   { return filepath.Join(p.rt.cfg.Server.State, "pods", p.id) }
+func (p *pod) shareDir() string { return filepath.Join(p.runDir(), "share") }
+
+func (p *pod) cgroup() cgroup.Group {
+	return cgroup.For(p.config().GetLinux().GetCgroupParent(), p.id)
+}
+
+func (p *pod) currentGuest() *guest {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.guest
+}
+
+func (p *pod) setGuest(g *guest) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.guest = g
+}
+
+// prepare gives the sandbox its network and its scratch disk. The caller holds life.
+func (p *pod) prepare(ctx context.Context) error {
+	work, ctx := errgroup.WithContext(ctx)
+	work.Go(func() error { return p.setupNetwork(ctx) })
+	work.Go(func() error { return p.makeScratch(ctx) })
+	return work.Wait()
+}
+
+func (p *pod) setupNetwork(ctx context.Context) error {
+	att, err := p.rt.net.Setup(ctx, p.networkRequest())
+	if err != nil {
+		return fmt.Errorf("set up the network: %w", err)
+	}
+	return p.update(func(s *podStatus) error { s.Network = att; return nil })
+}
+
+func (p *pod) makeScratch(ctx context.Context) error {
+	path, err := p.rt.images.CreateScratch(ctx, p.id, int64(p.rt.cfg.VM.ScratchSize))
+	if err != nil {
+		return fmt.Errorf("make the scratch disk: %w", err)
+	}
+	p.scratch = path
+	return nil
+}
+
+func (p *pod) networkRequest() network.Request {
+	cfg := p.config()
+	req := network.Request{
+		ID:           p.id,
+		Name:         cfg.GetMetadata().GetName(),
+		Namespace:    cfg.GetMetadata().GetNamespace(),
+		UID:          cfg.GetMetadata().GetUid(),
+		Annotations:  cfg.GetAnnotations(),
+		CgroupParent: cfg.GetLinux().GetCgroupParent(),
+		DNS: network.DNS{
+			Servers:  cfg.GetDnsConfig().GetServers(),
+			Searches: cfg.GetDnsConfig().GetSearches(),
+			Options:  cfg.GetDnsConfig().GetOptions(),
+		},
+	}
+	for _, m := range cfg.GetPortMappings() {
+		if m.GetHostPort() <= 0 {
+			continue
+		}
+		req.PortMappings = append(req.PortMappings, network.PortMapping{
+			Protocol:      m.GetProtocol().String(),
+			ContainerPort: m.GetContainerPort(),
+			HostPort:      m.GetHostPort(),
+			HostIP:        m.GetHostIp(),
+		})
+	}
+	return req
+}
+
+// boot starts a guest in the sandbox. The caller holds life.
+func (p *pod) boot(ctx context.Context) (*guest, error) {
+	s := p.rec.Status()
+	taps, err := p.rt.net.OpenTaps(s.Network)
+	if err != nil {
+		return nil, fmt.Errorf("open the taps: %w", err)
+	}
+	defer func() {
+		for _, t := range taps {
+			_ = t.Close()
+		}
+	}()
+	if err := os.MkdirAll(p.runDir(), 0o711); err != nil {
+		return nil, err
+	}
+	machine, err := p.machine(ctx, s)
+	if err != nil {
+		return nil, err
+	}
+	vm, err := qemu.Start(ctx, qemu.Spec{
+		Machine:  machine,
+		Binary:   p.rt.cfg.QEMU.Binary,
+		Launcher: p.rt.launcher,
+		RunDir:   p.runDir(),
+		UID:      p.rec.Spec().UID,
+		GID:      p.rec.Spec().UID,
+		Taps:     taps,
+		Place:    p.cgroup().Add,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("start QEMU: %w", err)
+	}
+	record := vm.Record()
+	boot := s.Guest.Boot + 1
+	if err := p.update(func(s *podStatus) error {
+		s.Guest = guestRecord{Boot: boot, QEMU: &record}
+		return nil
+	}); err != nil {
+		return nil, errors.Join(err, p.killVM(vm))
+	}
+	g := newGuest(p, boot, vm)
+	p.setGuest(g)
+	return g, nil
+}
+
+func (p *pod) killVM(vm *qemu.VM) error {
+	ctx, cancel := context.WithTimeout(context.Background(), teardownTimeout)
+	defer cancel()
+	return errors.Join(vm.Kill(ctx), vm.Close())
+}
+
+// machine describes the pod's VM.
+func (p *pod) machine(ctx context.Context, s podStatus) (qemu.Machine, error) {
+	accel, err := p.rt.accel.verdict(ctx)
+	if err != nil {
+		return qemu.Machine{}, err
+	}
+	spec := p.rec.Spec()
+	m := p.rt.guestImage.machine(accel.Accel)
+	m.Name = "vmruntime-" + p.id[:16]
+	m.UUID = uuidOf(p.id)
+	m.VCPUs = spec.VCPUs
+	m.MemoryBytes = spec.MemoryBytes
+	m.Disks = []qemu.Disk{{Serial: scratchSerial, Path: p.scratch, Format: "raw"}}
+	for i, nic := range s.Network.Interfaces {
+		m.NICs = append(m.NICs, qemu.NIC{ID: fmt.Sprintf("net%d", i), MAC: nic.MAC, MTU: nic.MTU})
+	}
+	return m, nil
+}
+
+const scratchSerial = "scratch"
+
+// runningGuest returns the guest, booting another where the last one has ended: the sandbox and its
+// network outlive a guest, so the kubelet restarts containers without a new sandbox.
+func (p *pod) runningGuest(ctx context.Context) (*guest, error) {
+	p.life.Lock()
+	defer p.life.Unlock()
+	g := p.currentGuest()
+	if g != nil && g.alive() {
+		return g, nil
+	}
+	if p.state() != runtimeapi.PodSandboxState_SANDBOX_READY {
+		return nil, fmt.Errorf("sandbox %s is not ready; it cannot start a guest: %w", p.id, errdefs.ErrFailedPrecondition)
+	}
+	if err := p.endGuest(ctx, g); err != nil {
+		return nil, fmt.Errorf("clear away the guest that ended: %w", err)
+	}
+	if err := p.rt.images.RemoveScratch(p.id); err != nil {
+		return nil, err
+	}
+	if err := p.makeScratch(ctx); err != nil {
+		return nil, err
+	}
+	return p.boot(ctx)
+}
+
+// endGuest ends QEMU and virtiofsd and forgets the guest. The caller holds life.
+func (p *pod) endGuest(ctx context.Context, g *guest) error {
+	var errs []error
+	if g != nil {
+		errs = append(errs, g.vm.Kill(ctx), g.Close())
+		p.setGuest(nil)
+	}
+	errs = append(errs, p.cgroup().Kill(ctx))
+	return errors.Join(errs...)
+}
+
+// sandboxRequest is what makes a fresh guest this pod.
+func (p *pod) sandboxRequest() (*agentpb.ConfigureSandboxRequest, error) {
+	cfg, s := p.config(), p.rec.Status()
+	resolv, err := p.resolvConf()
+	if err != nil {
+		return nil, err
+	}
+	req := &agentpb.ConfigureSandboxRequest{
+		Hostname:        p.hostname(),
+		ResolvConf:      resolv,
+		Hosts:           p.hosts(s.Network),
+		Sysctls:         cfg.GetLinux().GetSysctls(),
+		ScratchDisk:     scratchSerial,
+		ShmSizeBytes:    64 << 20,
+		PodPidNamespace: cfg.GetLinux().GetSecurityContext().GetNamespaceOptions().GetPid() == runtimeapi.NamespaceMode_POD,
+	}
+	for _, nic := range s.Network.Interfaces {
+		i := &agentpb.Interface{Name: nic.Name, Mac: nic.MAC, Mtu: int32(nic.MTU)}
+		for _, a := range nic.Addresses {
+			i.Addresses = append(i.Addresses, a.String())
+		}
+		req.Interfaces = append(req.Interfaces, i)
+	}
+	for _, r := range s.Network.Routes {
+		req.Routes = append(req.Routes, routeOf(r))
+	}
+	for _, n := range s.Network.Neighbors {
+		req.Neighbors = append(req.Neighbors, &agentpb.Neighbor{Address: n.Address.String(), Mac: n.MAC, Interface: n.Interface})
+	}
+	return req, nil
+}
+
+func (p *pod) hostname() string {
+	if h := p.config().GetHostname(); h != "" {
+		return h
+	}
+	return p.config().GetMetadata().GetName()
+}
+
+// applyCPUQuota bounds QEMU to what the pod may use, once the guest is up: a quota during the boot
+// would only make it longer.
+func (p *pod) applyCPUQuota() error {
+	res := p.config().GetLinux().GetResources()
+	if res.GetCpuQuota() <= 0 || res.GetCpuPeriod() <= 0 {
+		return nil
+	}
+	quota := res.GetCpuQuota()
+	if o := p.config().GetLinux().GetOverhead(); o.GetCpuQuota() > 0 && o.GetCpuPeriod() > 0 {
+		quota += o.GetCpuQuota() * res.GetCpuPeriod() / o.GetCpuPeriod()
+	}
+	return p.cgroup().SetCPUQuota(quota, uint64(res.GetCpuPeriod()))
+}
+
+// teardownTimeout bounds one teardown: every step has to end, whatever hangs.
+const teardownTimeout = 60 * time.Second
+
+// teardown takes away everything that a pod has on the node but its record. All steps run, in an order that
+// nothing is used after it is gone; each succeeds when there is nothing to do, so that it serves a failed
+// start, stop, removal and recovery alike. The caller holds life.
+func (p *pod) teardown(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), teardownTimeout)
+	defer cancel()
+	p.stopProjections()
+	return errors.Join(
+		p.endGuest(ctx, p.currentGuest()),
+		p.rt.net.Teardown(ctx, p.networkRequest()),
+		unmountBelow(p.runDir()),
+		p.rt.images.RemoveScratch(p.id),
+		p.cgroup().Delete(),
+		os.RemoveAll(p.runDir()),
+	)
+}

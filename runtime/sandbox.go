@@ -1,0 +1,254 @@
+package runtime
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/containerd/errdefs"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/vmruntime/vmruntime/runtime/ocispec"
+)
+
+// RunPodSandbox makes a sandbox whose network is ready when it answers; the guest boots meanwhile.
+func (rt *Runtime) RunPodSandbox(ctx context.Context, req *runtimeapi.RunPodSandboxRequest) (*runtimeapi.RunPodSandboxResponse, error) {
+	cfg := req.GetConfig()
+	if err := ocispec.ValidateSandbox(cfg); err != nil {
+		return nil, err
+	}
+	id := newID()
+	name := podName(cfg.GetMetadata())
+	if err := rt.podNames.Reserve(name, id); err != nil {
+		return nil, fmt.Errorf("sandbox name %q: %w", name, err)
+	}
+	p, err := rt.createPod(id, req)
+	if err != nil {
+		rt.podNames.Release(name, id)
+		return nil, err
+	}
+	if err := p.start(ctx); err != nil {
+		p.log.Warn("the sandbox could not be made", "error", err)
+		return nil, errors.Join(err, rt.forgetPod(ctx, p))
+	}
+	rt.podEvent(p, runtimeapi.ContainerEventType_CONTAINER_CREATED_EVENT)
+	rt.podEvent(p, runtimeapi.ContainerEventType_CONTAINER_STARTED_EVENT)
+	return &runtimeapi.RunPodSandboxResponse{PodSandboxId: id}, nil
+}
+
+func podName(m *runtimeapi.PodSandboxMetadata) string {
+	return fmt.Sprintf("%s_%s_%s_%d", m.GetName(), m.GetNamespace(), m.GetUid(), m.GetAttempt())
+}
+
+// createPod writes the record of a sandbox that has nothing yet.
+func (rt *Runtime) createPod(id string, req *runtimeapi.RunPodSandboxRequest) (*pod, error) {
+	vcpus, memory := rt.cfg.VM.size(req.GetConfig())
+	rt.mu.Lock()
+	defer rt.mu.Unlock()
+	uid, err := rt.freeUID()
+	if err != nil {
+		return nil, err
+	}
+	spec := podSpec{
+		Handler:     req.GetRuntimeHandler(),
+		Config:      message[*runtimeapi.PodSandboxConfig]{req.GetConfig()},
+		CreatedAt:   time.Now(),
+		UID:         uid,
+		VCPUs:       vcpus,
+		MemoryBytes: memory,
+	}
+	rec, err := rt.podStore.Create(id, spec, podStatus{})
+	if err != nil {
+		return nil, err
+	}
+	p := rt.newPod(rec)
+	rt.pods[id] = p
+	return p, nil
+}
+
+// freeUID finds a user ID that no other VM has. The caller holds mu.
+func (rt *Runtime) freeUID() (uint32, error) {
+	used := make(map[uint32]bool, len(rt.pods))
+	for _, p := range rt.pods {
+		used[p.rec.Spec().UID] = true
+	}
+	for i := range rt.cfg.QEMU.UIDCount {
+		if uid := rt.cfg.QEMU.UIDBase + i; !used[uid] {
+			return uid, nil
+		}
+	}
+	return 0, fmt.Errorf("qemu.uid_count: all %d user IDs are in use: %w", rt.cfg.QEMU.UIDCount, errdefs.ErrResourceExhausted)
+}
+
+// start makes the sandbox and lets its guest boot.
+func (p *pod) start(ctx context.Context) error {
+	p.life.Lock()
+	defer p.life.Unlock()
+	if err := p.prepare(ctx); err != nil {
+		return err
+	}
+	if _, err := p.boot(ctx); err != nil {
+		return err
+	}
+	return p.update(func(s *podStatus) error { s.ReadyAt = time.Now(); return nil })
+}
+
+// StopPodSandbox ends all containers and the guest and gives the network back. An unknown sandbox is a
+// stopped one.
+func (rt *Runtime) StopPodSandbox(ctx context.Context, req *runtimeapi.StopPodSandboxRequest) (*runtimeapi.StopPodSandboxResponse, error) {
+	p, err := rt.podByID(req.GetPodSandboxId())
+	if errdefs.IsNotFound(err) {
+		return &runtimeapi.StopPodSandboxResponse{}, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &runtimeapi.StopPodSandboxResponse{}, rt.stopPod(ctx, p)
+}
+
+func (rt *Runtime) stopPod(ctx context.Context, p *pod) error {
+	stopped := !p.rec.Status().StoppedAt.IsZero()
+	if stopped {
+		return nil
+	}
+	var errs []error
+	for _, c := range rt.containersOf(p.id) {
+		errs = append(errs, c.kill(ctx))
+	}
+	p.life.Lock()
+	defer p.life.Unlock()
+	if g := p.currentGuest(); g != nil && g.alive() {
+		g.shutdown(ctx)
+	}
+	if err := p.teardown(ctx); err != nil {
+		return errors.Join(append(errs, err)...)
+	}
+	if err := p.update(func(s *podStatus) error {
+		if s.StoppedAt.IsZero() {
+			s.StoppedAt = time.Now()
+		}
+		return nil
+	}); err != nil {
+		return err
+	}
+	rt.podEvent(p, runtimeapi.ContainerEventType_CONTAINER_STOPPED_EVENT)
+	return nil
+}
+
+// RemovePodSandbox stops the sandbox if need be and forgets it with its containers.
+func (rt *Runtime) RemovePodSandbox(ctx context.Context, req *runtimeapi.RemovePodSandboxRequest) (*runtimeapi.RemovePodSandboxResponse, error) {
+	p, err := rt.podByID(req.GetPodSandboxId())
+	if errdefs.IsNotFound(err) {
+		return &runtimeapi.RemovePodSandboxResponse{}, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := rt.stopPod(ctx, p); err != nil {
+		return nil, err
+	}
+	for _, c := range rt.containersOf(p.id) {
+		if err := rt.removeContainer(ctx, c); err != nil {
+			return nil, err
+		}
+	}
+	if err := rt.forgetPod(ctx, p); err != nil {
+		return nil, err
+	}
+	rt.podEvent(p, runtimeapi.ContainerEventType_CONTAINER_DELETED_EVENT)
+	return &runtimeapi.RemovePodSandboxResponse{}, nil
+}
+
+// forgetPod takes away everything of a pod, its record last, so that a crash between leaves a record from
+// which recovery can go on.
+func (rt *Runtime) forgetPod(ctx context.Context, p *pod) error {
+	p.life.Lock()
+	defer p.life.Unlock()
+	if err := p.teardown(ctx); err != nil {
+		return err
+	}
+	if err := rt.podStore.Remove(p.id); err != nil {
+		return err
+	}
+	rt.mu.Lock()
+	defer rt.mu.Unlock()
+	delete(rt.pods, p.id)
+	rt.podNames.Release(podName(p.config().GetMetadata()), p.id)
+	return nil
+}
+
+// PodSandboxStatus reports one sandbox; with verbose also what it is made of.
+func (rt *Runtime) PodSandboxStatus(_ context.Context, req *runtimeapi.PodSandboxStatusRequest) (*runtimeapi.PodSandboxStatusResponse, error) {
+	p, err := rt.podByID(req.GetPodSandboxId())
+	if err != nil {
+		return nil, err
+	}
+	resp := &runtimeapi.PodSandboxStatusResponse{Status: p.criStatus(), Timestamp: time.Now().UnixNano()}
+	for _, c := range rt.containersOf(p.id) {
+		resp.ContainersStatuses = append(resp.ContainersStatuses, c.criStatus())
+	}
+	if req.GetVerbose() {
+		resp.Info, err = p.verbose()
+	}
+	return resp, err
+}
+
+func (p *pod) criStatus() *runtimeapi.PodSandboxStatus {
+	spec, cfg := p.rec.Spec(), p.config()
+	out := &runtimeapi.PodSandboxStatus{
+		Id:             p.id,
+		Metadata:       cfg.GetMetadata(),
+		State:          p.state(),
+		CreatedAt:      spec.CreatedAt.UnixNano(),
+		Network:        &runtimeapi.PodSandboxNetworkStatus{},
+		Labels:         cfg.GetLabels(),
+		Annotations:    cfg.GetAnnotations(),
+		RuntimeHandler: spec.Handler,
+		Linux: &runtimeapi.LinuxPodSandboxStatus{Namespaces: &runtimeapi.Namespace{
+			Options: cfg.GetLinux().GetSecurityContext().GetNamespaceOptions(),
+		}},
+	}
+	if out.State == runtimeapi.PodSandboxState_SANDBOX_READY {
+		out.Network = networkStatus(p.rec.Status().Network)
+	}
+	return out
+}
+
+// ListPodSandbox reports the sandboxes that the filter lets through.
+func (rt *Runtime) ListPodSandbox(_ context.Context, req *runtimeapi.ListPodSandboxRequest) (*runtimeapi.ListPodSandboxResponse, error) {
+	resp := &runtimeapi.ListPodSandboxResponse{}
+	f := req.GetFilter()
+	for _, p := range rt.allPods() {
+		if f.GetId() != "" && !rt.podIDMatches(f.GetId(), p.id) {
+			continue
+		}
+		cfg := p.config()
+		if !labelsMatch(f.GetLabelSelector(), cfg.GetLabels()) {
+			continue
+		}
+		state := p.state()
+		if f.GetState() != nil && f.GetState().GetState() != state {
+			continue
+		}
+		resp.Items = append(resp.Items, &runtimeapi.PodSandbox{
+			Id:             p.id,
+			Metadata:       cfg.GetMetadata(),
+			State:          state,
+			CreatedAt:      p.rec.Spec().CreatedAt.UnixNano(),
+			Labels:         cfg.GetLabels(),
+			Annotations:    cfg.GetAnnotations(),
+			RuntimeHandler: p.rec.Spec().Handler,
+		})
+	}
+	return resp, nil
+}
+
+func labelsMatch(selector, labels map[string]string) bool {
+	for k, v := range selector {
+		if labels[k] != v {
+			return false
+		}
+	}
+	return true
+}

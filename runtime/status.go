@@ -1,0 +1,113 @@
+package runtime
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os/exec"
+
+	"github.com/containerd/errdefs"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+// Status tells whether VM pods can be run; with verbose also with what.
+func (rt *Runtime) Status(ctx context.Context, req *runtimeapi.StatusRequest) (*runtimeapi.StatusResponse, error) {
+	resp := &runtimeapi.StatusResponse{
+		Status: &runtimeapi.RuntimeStatus{Conditions: []*runtimeapi.RuntimeCondition{
+			condition(runtimeapi.RuntimeReady, "VMRuntimeNotReady", rt.runnable()),
+			condition(runtimeapi.NetworkReady, "NetworkPluginNotReady", rt.net.Ready(ctx)),
+		}},
+	}
+	for _, h := range rt.cfg.VM.Handlers {
+		resp.RuntimeHandlers = append(resp.RuntimeHandlers, &runtimeapi.RuntimeHandler{
+			Name: h, Features: &runtimeapi.RuntimeHandlerFeatures{RecursiveReadOnlyMounts: true},
+		})
+	}
+	if !req.GetVerbose() {
+		return resp, nil
+	}
+	info := map[string]any{"guestKernel": rt.guestImage.KernelRelease, "pods": len(rt.allPods())}
+	if v, err := RememberedAccel(rt.accel.path); err == nil {
+		info["acceleration"] = v
+	} else if rt.cfg.QEMU.Accel != accelAuto {
+		info["acceleration"] = accelVerdict{Accel: rt.cfg.QEMU.Accel, Reason: "configured"}
+	}
+	var err error
+	resp.Info, err = infoOf("vm", info)
+	return resp, err
+}
+
+// runnable tells why no VM could be started, as far as can be told without starting one.
+func (rt *Runtime) runnable() error {
+	if _, err := exec.LookPath(rt.cfg.QEMU.Binary); err != nil {
+		return fmt.Errorf("qemu.binary: %w", err)
+	}
+	_, err := loadGuestImage(rt.cfg.Guest.Dir)
+	return err
+}
+
+func condition(kind, reason string, err error) *runtimeapi.RuntimeCondition {
+	if err != nil {
+		return &runtimeapi.RuntimeCondition{Type: kind, Reason: reason, Message: err.Error()}
+	}
+	return &runtimeapi.RuntimeCondition{Type: kind, Status: true}
+}
+
+func infoOf(name string, v any) (map[string]string, error) {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return nil, err
+	}
+	return map[string]string{name: string(b)}, nil
+}
+
+// verbose tells what a sandbox is made of, for crictl inspectp.
+func (p *pod) verbose() (map[string]string, error) {
+	spec, s := p.rec.Spec(), p.rec.Status()
+	return infoOf("info", map[string]any{"uid": spec.UID, "vcpus": spec.VCPUs, "memoryBytes": spec.MemoryBytes, "guest": s.Guest, "network": s.Network})
+}
+
+func (c *container) verbose() (map[string]string, error) {
+	spec, s := c.rec.Spec(), c.rec.Status()
+	info := map[string]any{"sandboxID": c.pod.id, "runtimeSpec": spec.OCI, "mounts": spec.Mounts, "disk": spec.Disk, "boot": s.Boot}
+	return infoOf("info", info)
+}
+
+// UpdateRuntimeConfig has nothing to change for VM pods: the pod CIDR is the CNI configuration's business.
+func (rt *Runtime) UpdateRuntimeConfig(context.Context, *runtimeapi.UpdateRuntimeConfigRequest) (*runtimeapi.UpdateRuntimeConfigResponse, error) {
+	return &runtimeapi.UpdateRuntimeConfigResponse{}, nil
+}
+
+func notBuilt(what string) error {
+	return fmt.Errorf("%s of VM pods is not built yet: %w", what, errdefs.ErrNotImplemented)
+}
+
+// CheckpointContainer is not built yet.
+func (rt *Runtime) CheckpointContainer(context.Context, *runtimeapi.CheckpointContainerRequest) (*runtimeapi.CheckpointContainerResponse, error) {
+	return nil, notBuilt("checkpointing containers")
+}
+
+// CheckpointPod is not built yet.
+func (rt *Runtime) CheckpointPod(context.Context, *runtimeapi.CheckpointPodRequest) (*runtimeapi.CheckpointPodResponse, error) {
+	return nil, notBuilt("checkpointing")
+}
+
+// RestorePod is not built yet.
+func (rt *Runtime) RestorePod(context.Context, *runtimeapi.RestorePodRequest) (*runtimeapi.RestorePodResponse, error) {
+	return nil, notBuilt("restoring")
+}
+
+// UpdatePodSandboxResources is not built yet: the size of a VM does not change while it runs.
+func (rt *Runtime) UpdatePodSandboxResources(context.Context, *runtimeapi.UpdatePodSandboxResourcesRequest) (*runtimeapi.UpdatePodSandboxResourcesResponse, error) {
+	return nil, notBuilt("changing the size")
+}
+
+// ListMetricDescriptors has no metrics of VM pods yet; containerd's stand alone.
+func (rt *Runtime) ListMetricDescriptors(context.Context, *runtimeapi.ListMetricDescriptorsRequest) (*runtimeapi.ListMetricDescriptorsResponse, error) {
+	return &runtimeapi.ListMetricDescriptorsResponse{}, nil
+}
+
+// ListPodSandboxMetrics has no metrics of VM pods yet; containerd's stand alone.
+func (rt *Runtime) ListPodSandboxMetrics(context.Context, *runtimeapi.ListPodSandboxMetricsRequest) (*runtimeapi.ListPodSandboxMetricsResponse, error) {
+	return &runtimeapi.ListPodSandboxMetricsResponse{}, nil
+}
