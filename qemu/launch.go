@@ -1,0 +1,241 @@
+package qemu
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"runtime"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// jobFD is where the launcher finds its job.
+	jobFD = 3
+	// launchFailed is the launcher's exit status when it could not become the program.
+	launchFailed = 125
+	maxJob       = 1 << 20
+)
+
+// job is what a launcher is to become.
+type job struct {
+	Argv []string `json:"argv"` // Argv[0] is an absolute path
+	// Confine, if there, takes away what the program has no need of.
+	Confine *confinement `json:"confine,omitempty"`
+}
+
+// confinement is the little world of one QEMU.
+type confinement struct {
+	UID  uint32 `json:"uid"`
+	GID  uint32 `json:"gid"`
+	Root string `json:"root"` // an empty or unneeded directory, over which the new root is mounted
+	// Binds are shown read-only in the new root; a symbolic link is copied.
+	Binds []bind `json:"binds"`
+	KVM   bool   `json:"kvm"` // needs /dev/kvm
+}
+
+type bind struct {
+	Source string `json:"source"`
+	Target string `json:"target"`
+}
+
+// LaunchMain is the main function of a re-executed launcher. It waits for its job, which comes when the
+// process is in its cgroup, confines itself and becomes QEMU or virtiofsd. It never returns; when something cannot be
+// done it says so on its error output and exits with status 125. It takes no arguments.
+func LaunchMain(args []string) {
+	err := fmt.Errorf("unexpected arguments %q", args)
+	if len(args) == 0 {
+		err = runJob()
+	}
+	fmt.Fprintln(os.Stderr, "launch:", err)
+	os.Exit(launchFailed)
+}
+
+func runJob() error {
+	// Namespaces and capabilities are a thread's own; exec makes this thread the process.
+	runtime.LockOSThread()
+	f := os.NewFile(jobFD, "job")
+	data, err := io.ReadAll(io.LimitReader(f, maxJob))
+	if err := errors.Join(err, f.Close()); err != nil {
+		return fmt.Errorf("read the job: %w", err)
+	}
+	if len(data) == 0 {
+		return errors.New("no job came: whoever launched this has given up")
+	}
+	var j job
+	if err := json.Unmarshal(data, &j); err != nil {
+		return fmt.Errorf("read the job: %w", err)
+	}
+	if err := limits(); err != nil {
+		return err
+	}
+	if c := j.Confine; c != nil {
+		if err := errors.Join(c.namespaces(), c.dropPrivileges()); err != nil {
+			return err
+		}
+	}
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		return fmt.Errorf("no_new_privs: %w", err)
+	}
+	return fmt.Errorf("execute %s: %w", j.Argv[0], syscall.Exec(j.Argv[0], j.Argv, os.Environ()))
+}
+
+// limits forbids core dumps, which would hold the guest's memory, and allows all the open files that may be had.
+func limits() error {
+	if err := syscall.Setrlimit(unix.RLIMIT_CORE, &syscall.Rlimit{}); err != nil {
+		return fmt.Errorf("limit of core dumps: %w", err)
+	}
+	var files syscall.Rlimit
+	if err := syscall.Getrlimit(unix.RLIMIT_NOFILE, &files); err != nil {
+		return fmt.Errorf("limit of open files: %w", err)
+	}
+	files.Cur = files.Max
+	if err := syscall.Setrlimit(unix.RLIMIT_NOFILE, &files); err != nil {
+		return fmt.Errorf("limit of open files: %w", err)
+	}
+	return nil
+}
+
+func (c *confinement) namespaces() error {
+	for _, ns := range []struct {
+		name string
+		flag int
+	}{{"mount", unix.CLONE_NEWNS}, {"network", unix.CLONE_NEWNET}, {"IPC", unix.CLONE_NEWIPC}} {
+		if err := unix.Unshare(ns.flag); err != nil {
+			return fmt.Errorf("own %s namespace: %w", ns.name, err)
+		}
+	}
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return fmt.Errorf("make mounts private: %w", err)
+	}
+	if err := unix.Mount("tmpfs", c.Root, "tmpfs", unix.MS_NOSUID|unix.MS_NOEXEC, "mode=0755,size=1m"); err != nil {
+		return fmt.Errorf("mount a new root: %w", err)
+	}
+	for _, b := range c.Binds {
+		if err := c.bind(b); err != nil {
+			return fmt.Errorf("show %s in the new root: %w", b.Source, err)
+		}
+	}
+	if err := c.devices(); err != nil {
+		return err
+	}
+	return enter(c.Root)
+}
+
+func (c *confinement) bind(b bind) error {
+	target := filepath.Join(c.Root, b.Target)
+	if err := os.MkdirAll(filepath.Dir(target), 0o755); err != nil {
+		return err
+	}
+	info, err := os.Lstat(b.Source)
+	if err != nil {
+		return err
+	}
+	switch {
+	case info.Mode()&os.ModeSymlink != 0:
+		to, err := os.Readlink(b.Source)
+		if err != nil {
+			return err
+		}
+		return os.Symlink(to, target)
+	case info.IsDir():
+		err = os.MkdirAll(target, 0o755)
+	default:
+		err = os.WriteFile(target, nil, 0o444)
+	}
+	if err != nil {
+		return err
+	}
+	if err := unix.Mount(b.Source, target, "", unix.MS_BIND, ""); err != nil {
+		return err
+	}
+	const flags = unix.MS_BIND | unix.MS_REMOUNT | unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV
+	return unix.Mount("", target, "", flags, "")
+}
+
+// devices makes the few device files that QEMU opens. /dev/kvm belongs to the VM's own user, so that it
+// needs no group of the host.
+func (c *confinement) devices() error {
+	dir := filepath.Join(c.Root, "dev")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	type device struct {
+		name         string
+		major, minor uint32
+	}
+	devices := []device{{"null", 1, 3}, {"urandom", 1, 9}}
+	if c.KVM {
+		var st unix.Stat_t
+		if err := unix.Stat("/dev/kvm", &st); err != nil {
+			return fmt.Errorf("/dev/kvm: %w", err)
+		}
+		devices = append(devices, device{"kvm", unix.Major(uint64(st.Rdev)), unix.Minor(uint64(st.Rdev))})
+	}
+	for _, d := range devices {
+		path := filepath.Join(dir, d.name)
+		if err := unix.Mknod(path, unix.S_IFCHR|0o600, int(unix.Mkdev(d.major, d.minor))); err != nil {
+			return fmt.Errorf("make /dev/%s: %w", d.name, err)
+		}
+		if err := os.Chown(path, int(c.UID), int(c.GID)); err != nil {
+			return fmt.Errorf("make /dev/%s: %w", d.name, err)
+		}
+	}
+	return nil
+}
+
+// enter makes root the root, read-only, and forgets the old one.
+func enter(root string) error {
+	if err := unix.Chdir(root); err != nil {
+		return fmt.Errorf("enter the new root: %w", err)
+	}
+	if err := unix.PivotRoot(".", "."); err != nil {
+		return fmt.Errorf("pivot_root: %w", err)
+	}
+	if err := unix.Unmount(".", unix.MNT_DETACH); err != nil {
+		return fmt.Errorf("leave the old root: %w", err)
+	}
+	if err := unix.Chdir("/"); err != nil {
+		return fmt.Errorf("enter the new root: %w", err)
+	}
+	const flags = unix.MS_REMOUNT | unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NOEXEC
+	if err := unix.Mount("", "/", "", flags, ""); err != nil {
+		return fmt.Errorf("make the new root read-only: %w", err)
+	}
+	return nil
+}
+
+// dropPrivileges becomes the VM's user, without groups and capabilities.
+func (c *confinement) dropPrivileges() error {
+	if c.UID == 0 || c.GID == 0 {
+		return errors.New("QEMU must not run as root")
+	}
+	for capability := uintptr(0); ; capability++ {
+		err := unix.Prctl(unix.PR_CAPBSET_DROP, capability, 0, 0, 0)
+		if errors.Is(err, unix.EINVAL) {
+			break // beyond the kernel's last one
+		}
+		if err != nil {
+			return fmt.Errorf("drop capability %d: %w", capability, err)
+		}
+	}
+	if err := syscall.Setgroups(nil); err != nil {
+		return fmt.Errorf("leave all groups: %w", err)
+	}
+	if err := syscall.Setresgid(int(c.GID), int(c.GID), int(c.GID)); err != nil {
+		return fmt.Errorf("become group %d: %w", c.GID, err)
+	}
+	if err := syscall.Setresuid(int(c.UID), int(c.UID), int(c.UID)); err != nil {
+		return fmt.Errorf("become user %d: %w", c.UID, err)
+	}
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var none [2]unix.CapUserData
+	if err := unix.Capset(&header, &none[0]); err != nil {
+		return fmt.Errorf("drop all capabilities: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,275 @@
+package qemu
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+)
+
+// Names below RunDir.
+const (
+	qmpSocket   = "qmp.sock"
+	agentSocket = "agent.sock"
+	shareSocket = "share.sock"
+)
+
+// maxSocketPath is what fits into the kernel's address of a Unix socket.
+const maxSocketPath = 107
+
+// Spec is everything that Start needs to run a machine.
+type Spec struct {
+	Machine Machine
+	// Binary is qemu-system-x86_64 or qemu-system-aarch64; looked for in PATH if it has no slash.
+	Binary string
+	// Launcher is the command whose main function is LaunchMain.
+	Launcher []string
+	// RunDir is an existing directory for the VM's sockets, for root only. The caller removes it after the VM.
+	RunDir string
+	// UID and GID are the VM's own, never 0.
+	UID, GID uint32
+	// Taps are one for each NIC of the machine. They stay the caller's.
+	Taps []*os.File
+	// Place, if there, is called with the process while it has done nothing yet, to put it into its cgroup.
+	Place func(pid int) error
+	// Log takes what is not an error; slog.Default by default.
+	Log *slog.Logger
+}
+
+func (s Spec) validate() error {
+	var p problems
+	p.rule(s.UID != 0, "uid", s.UID, "another user than root")
+	p.rule(s.GID != 0, "gid", s.GID, "another group than root's")
+	p.rule(len(s.Taps) == len(s.Machine.NICs), "taps", len(s.Taps), fmt.Sprintf("%d, one for each NIC", len(s.Machine.NICs)))
+	p.rule(filepath.IsAbs(s.RunDir), "runDir", s.RunDir, "an absolute path")
+	return errors.Join(append(p, s.Machine.Validate())...)
+}
+
+// inheritance is what a program gets as descriptors.
+type inheritance struct {
+	files []*os.File
+	own   []*os.File // those to close after the program has them
+}
+
+// add takes a file of our own and returns its number in the program.
+func (i *inheritance) add(f *os.File) int {
+	i.own = append(i.own, f)
+	return i.lend(f)
+}
+
+// lend takes a file that stays another's.
+func (i *inheritance) lend(f *os.File) int {
+	i.files = append(i.files, f)
+	return firstFD + len(i.files) - 1
+}
+
+func (i *inheritance) close() {
+	for _, f := range i.own {
+		_ = f.Close() // opened or duplicated here; nothing was written
+	}
+}
+
+// Start runs a machine and returns when QEMU answers; the guest has begun to boot. On error nothing is left but the
+// sockets' names in RunDir.
+func Start(ctx context.Context, s Spec) (*VM, error) {
+	if s.Log == nil {
+		s.Log = slog.Default()
+	}
+	s.Machine = s.Machine.Defaults()
+	if err := s.validate(); err != nil {
+		return nil, err
+	}
+	var in inheritance
+	defer in.close()
+	fds, err := s.open(&in)
+	if err != nil {
+		return nil, err
+	}
+	j, err := s.job(fds)
+	if err != nil {
+		return nil, err
+	}
+	p, out, err := launch(s.Launcher, j, in.files, s.Place)
+	if err != nil {
+		return nil, err
+	}
+	v := newVM(Record{PID: p.pid, StartTime: p.start, RunDir: s.RunDir}, p, out, s.Log)
+	in.close() // so that a QEMU that ends early refuses the connection
+	if err := v.connect(ctx); err != nil {
+		return nil, v.abandon(err)
+	}
+	return v, nil
+}
+
+func (s Spec) open(in *inheritance) (Descriptors, error) {
+	var fds Descriptors
+	for _, l := range []struct {
+		name string
+		fd   *int
+	}{{qmpSocket, &fds.QMP}, {agentSocket, &fds.Agent}} {
+		f, err := listen(filepath.Join(s.RunDir, l.name))
+		if err != nil {
+			return fds, err
+		}
+		*l.fd = in.add(f)
+	}
+	for _, d := range s.Machine.Disks {
+		f, err := d.open()
+		if err != nil {
+			return fds, err
+		}
+		fds.Disks = append(fds.Disks, in.add(f))
+	}
+	for _, t := range s.Taps {
+		fds.NICs = append(fds.NICs, in.lend(t))
+	}
+	return fds, nil
+}
+
+// listen makes a listening socket for root only, and returns it as a file to hand over.
+func listen(path string) (*os.File, error) {
+	if len(path) > maxSocketPath {
+		return nil, fmt.Errorf("socket %s: the path has %d bytes; it has to have at most %d: %w", path, len(path), maxSocketPath, errdefs.ErrInvalidArgument)
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		return nil, err
+	}
+	l.SetUnlinkOnClose(false)
+	if err := os.Chmod(path, 0o600); err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	f, err := l.File()
+	return f, errors.Join(err, l.Close())
+}
+
+func (d Disk) open() (*os.File, error) {
+	flags := unix.O_RDWR
+	if d.ReadOnly {
+		flags = unix.O_RDONLY
+	}
+	fd, err := unix.Open(d.Path, flags|unix.O_NOFOLLOW|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if errors.Is(err, unix.ENOENT) {
+		return nil, fmt.Errorf("disk %s: %s does not exist: %w", d.Serial, d.Path, errdefs.ErrNotFound)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("disk %s: open %s: %w", d.Serial, d.Path, err)
+	}
+	f := os.NewFile(uintptr(fd), d.Path)
+	info, err := f.Stat()
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	block := info.Mode()&os.ModeDevice != 0 && info.Mode()&os.ModeCharDevice == 0
+	if !info.Mode().IsRegular() && !block {
+		err := fmt.Errorf("disk %s: %s is a %s; it has to be a regular file or a block device: %w", d.Serial, d.Path, info.Mode().Type(), errdefs.ErrInvalidArgument)
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
+func (s Spec) job(fds Descriptors) (job, error) {
+	binary, err := program(s.Binary)
+	if err != nil {
+		return job{}, err
+	}
+	binds := rootBinds(binary)
+	for _, b := range []bind{{s.Machine.Kernel, kernelPath}, {s.Machine.Initrd, initrdPath}} {
+		if b.Source == "" {
+			continue
+		}
+		if b.Source, err = readable(b.Source); err != nil {
+			return job{}, err
+		}
+		binds = append(binds, b)
+	}
+	return job{
+		Argv: append([]string{binary}, s.Machine.Args(fds)...),
+		Confine: &confinement{
+			UID: s.UID, GID: s.GID, Root: s.RunDir, Binds: binds, KVM: s.Machine.Accel == AccelKVM,
+		},
+	}, nil
+}
+
+// program finds a program and resolves symbolic links to it.
+func program(name string) (string, error) {
+	path, err := exec.LookPath(name)
+	if err != nil {
+		return "", fmt.Errorf("find %s: %w: %w", name, err, errdefs.ErrNotFound)
+	}
+	if path, err = filepath.Abs(path); err != nil {
+		return "", err
+	}
+	return filepath.EvalSymlinks(path)
+}
+
+// readable resolves a path and holds that QEMU's own user can read the file once it is in its root.
+func readable(path string) (string, error) {
+	path, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return "", err
+	}
+	info, err := os.Stat(path)
+	if err != nil {
+		return "", err
+	}
+	if !info.Mode().IsRegular() || info.Mode().Perm()&0o004 == 0 {
+		return "", fmt.Errorf("%s has mode %s; it has to be a file that every user may read: %w", path, info.Mode(), errdefs.ErrInvalidArgument)
+	}
+	return path, nil
+}
+
+// rootBinds is what QEMU needs of the host's files: itself, libraries and firmware.
+func rootBinds(binary string) []bind {
+	prefix := filepath.Dir(filepath.Dir(binary))
+	paths := []string{binary, "/etc/ld.so.cache", "/lib", "/lib64", "/usr/lib", "/usr/lib64"}
+	for _, p := range []string{prefix, "/usr"} {
+		for _, data := range []string{"share/qemu", "share/seabios", "share/edk2", "share/OVMF", "share/AAVMF"} {
+			paths = append(paths, filepath.Join(p, data))
+		}
+	}
+	paths = append(paths, filepath.Join(prefix, "lib"), filepath.Join(prefix, "lib64"))
+	var binds []bind
+	seen := make(map[string]bool)
+	for _, p := range paths {
+		if _, err := os.Lstat(p); err != nil || seen[p] {
+			continue
+		}
+		seen[p] = true
+		binds = append(binds, bind{Source: p, Target: p})
+	}
+	return binds
+}
+
+var versionRE = regexp.MustCompile(`(?m)^QEMU emulator version (\d+\.\d+\.\d+)`)
+
+// Version asks a QEMU binary for its version, such as "7.2.22".
+func Version(ctx context.Context, binary string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	path, err := program(binary)
+	if err != nil {
+		return "", err
+	}
+	out, err := exec.CommandContext(ctx, path, "--version").Output()
+	if err != nil {
+		return "", fmt.Errorf("%s --version: %w", binary, err)
+	}
+	match := versionRE.FindSubmatch(out)
+	if match == nil {
+		return "", fmt.Errorf("%s --version says %.100q; it has to be QEMU", binary, out)
+	}
+	return string(match[1]), nil
+}
