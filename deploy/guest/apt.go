@@ -51,6 +51,8 @@ func newApt(dir, goarch, sources string) (*apt, error) {
 		// The directories belong to the caller, whom apt's own user need not be able to follow.
 		`APT::Sandbox::User "root";`,
 		`APT::Install-Recommends "false";`,
+		`APT::Get::AllowUnauthenticated "false";`,
+		`Acquire::AllowInsecureRepositories "false";`,
 		`Acquire::Retries "3";`,
 	}
 	if sources != "" {

@@ -58,6 +58,9 @@ func elfNeeds(data []byte, tree fileTree) ([]string, error) {
 		return nil, err
 	}
 	for _, lib := range libs {
+		if strings.HasPrefix(lib, "ld-linux-") {
+			continue // the loader itself, there already as the program's interpreter
+		}
 		p, err := findLibrary(tree, lib, f.Machine)
 		if err != nil {
 			return nil, err

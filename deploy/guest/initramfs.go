@@ -10,7 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 
-	"github.com/klauspost/compress/zstd"
+	"github.com/pierrec/lz4/v4"
 	"github.com/u-root/u-root/pkg/cpio"
 )
 
@@ -83,13 +83,21 @@ func writeArchive(records map[string]cpio.Record) ([]byte, error) {
 	if err := cpio.WriteTrailer(w); err != nil {
 		return nil, fmt.Errorf("initramfs: %w", err)
 	}
-	return compress(buf.Bytes())
+	return compressLZ4(buf.Bytes())
 }
 
-func compress(data []byte) ([]byte, error) {
-	w, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedBestCompression), zstd.WithEncoderConcurrency(1))
-	if err != nil {
+// compressLZ4 uses the frame format that the kernel reads, which costs it the least time to undo.
+func compressLZ4(data []byte) ([]byte, error) {
+	var buf bytes.Buffer
+	w := lz4.NewWriter(&buf)
+	if err := w.Apply(lz4.LegacyOption(true), lz4.CompressionLevelOption(lz4.Level9)); err != nil {
 		return nil, err
 	}
-	return w.EncodeAll(data, nil), nil
+	if _, err := w.Write(data); err != nil {
+		return nil, err
+	}
+	if err := w.Close(); err != nil {
+		return nil, err
+	}
+	return buf.Bytes(), nil
 }

@@ -10,7 +10,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"flag"
 	"fmt"
 	"log/slog"
@@ -51,16 +50,15 @@ type target struct {
 	arch       string // the manifest's and QEMU's name
 	kernelMeta string // Debian's metapackage of the newest cloud kernel
 	console    string
-	extract    func(image []byte) ([]byte, error) // from Debian's kernel image to the file QEMU boots fastest
-	modules    moduleSet
+	pack       func(image []byte) ([]byte, error) // Debian's kernel image to what fits and QEMU boots
 }
 
 func targetOf(goarch string) (target, error) {
 	switch goarch {
 	case "amd64":
-		return target{goarch, "x86_64", "linux-image-cloud-amd64", "ttyS0", bzImageKernel, containerModules()}, nil
+		return target{goarch, "x86_64", "linux-image-cloud-amd64", "ttyS0", asIs}, nil
 	case "arm64":
-		return target{goarch, "aarch64", "linux-image-cloud-arm64", "ttyAMA0", plainKernel, containerModules()}, nil
+		return target{goarch, "aarch64", "linux-image-cloud-arm64", "ttyAMA0", gzipped}, nil
 	}
 	return target{}, fmt.Errorf("-goarch %q: amd64 or arm64 would be right", goarch)
 }
@@ -99,11 +97,11 @@ func (b *builder) assemble(ctx context.Context, t target, kernelDeb debPackage, 
 	if err != nil {
 		return err
 	}
-	kernel, release, err := kernelOf(kernelFiles, t.extract)
+	kernel, release, err := kernelOf(kernelFiles, t.pack)
 	if err != nil {
 		return err
 	}
-	mods, err := resolveModules(kernelFiles, "lib/modules/"+release, t.modules)
+	mods, err := resolveModules(kernelFiles, "lib/modules/"+release, containerModules())
 	if err != nil {
 		return err
 	}
@@ -151,5 +149,3 @@ func usedPackages(kernel debPackage, others []debPackage, owners map[string]bool
 	}
 	return used
 }
-
-var errNoFile = errors.New("no such file in the package")

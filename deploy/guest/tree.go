@@ -12,6 +12,8 @@ import (
 	"strings"
 )
 
+var errNoFile = errors.New("no such file in the packages")
+
 // fileTree is the content of packages by path, without a leading slash.
 type fileTree map[string]treeFile
 
