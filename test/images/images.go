@@ -77,6 +77,9 @@ func Handler() (http.Handler, error) {
 type handlerTransport struct{ http.Handler }
 
 func (t handlerTransport) RoundTrip(r *http.Request) (*http.Response, error) {
+	if r.Body == nil {
+		r.Body = http.NoBody // what a server gives its handlers
+	}
 	w := httptest.NewRecorder()
 	t.ServeHTTP(w, r)
 	response := w.Result()

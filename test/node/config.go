@@ -112,7 +112,7 @@ conf_dir = "{{.Root}}/cni/conf"
 const vmruntimeConfig = `[server]
 socket = "{{.Root}}/run/vmruntime.sock"
 root = "{{.Root}}/vmruntime/root"
-state = "{{.Root}}/vmruntime/state"
+state = "{{.Root}}/run/s"
 log_level = "{{.LogLevel}}"
 
 [containerd]

@@ -30,13 +30,9 @@ const leakTimeout = 10 * time.Second
 func (n *Node) Leaks(ctx context.Context) ([]string, error) {
 	deadline := time.Now().Add(leakTimeout)
 	for {
-		now, err := n.resources(ctx)
-		if err != nil {
-			return nil, err
-		}
-		maps.DeleteFunc(now, func(line string, _ bool) bool { return n.baseline[line] })
-		if len(now) == 0 || time.Now().After(deadline) {
-			return slices.Sorted(maps.Keys(now)), nil
+		lines, err := n.inUse(ctx)
+		if err != nil || len(lines) == 0 || time.Now().After(deadline) {
+			return lines, err
 		}
 		select {
 		case <-ctx.Done():
@@ -46,10 +42,20 @@ func (n *Node) Leaks(ctx context.Context) ([]string, error) {
 	}
 }
 
+// inUse lists what is there now and was not when the node had just started.
+func (n *Node) inUse(ctx context.Context) ([]string, error) {
+	now, err := n.resources(ctx)
+	if err != nil {
+		return nil, err
+	}
+	maps.DeleteFunc(now, func(line string, _ bool) bool { return n.baseline[line] })
+	return slices.Sorted(maps.Keys(now)), nil
+}
+
 func (n *Node) resources(ctx context.Context) (resources, error) {
 	r := resources{}
 	return r, errors.Join(
-		r.addLinks(n.netns), r.addMounts(n.Root), r.addCgroups(n.Root), r.addContainerd(ctx, n.ContainerdSocket()),
+		r.addLinks(n.netns), r.addMounts(n.Root), r.addCgroups(n), r.addContainerd(ctx, n.ContainerdSocket()),
 		r.addFiles("address reservation", n.path("cni", "ipam", "test"), "last_reserved_ip", "lock"),
 		r.addFiles("network namespace", n.path("containerd", "state", "io.containerd.cri.v1.runtime", "netns")),
 		r.addFiles("pod directory", n.path("vmruntime", "root", "pods")),
@@ -86,23 +92,23 @@ func (r resources) addMounts(root string) error {
 	return nil
 }
 
-// addCgroups adds the cgroups below those that containerd and vmruntime make,
-// on every hierarchy.
-func (r resources) addCgroups(root string) error {
+// addCgroups adds the cgroups of the node's own parent, on every hierarchy, and
+// of containerd's default parent.
+func (r resources) addCgroups(n *Node) error {
 	hierarchies, err := filepath.Glob("/sys/fs/cgroup/*")
 	if err != nil {
 		return err
 	}
 	for _, h := range append(hierarchies, "/sys/fs/cgroup") {
-		for _, parent := range []string{"k8s.io", "vmruntime"} {
-			entries, err := os.ReadDir(filepath.Join(h, parent))
+		own := filepath.Join(h, n.CgroupParent())
+		for _, parent := range []string{own, filepath.Join(h, "k8s.io")} {
+			entries, err := os.ReadDir(parent)
 			if err != nil {
 				continue // not a hierarchy, or nothing there
 			}
 			for _, e := range entries {
-				dir := filepath.Join(h, parent, e.Name())
-				if e.IsDir() && cgroupOf(dir, root) {
-					r["cgroup "+dir] = true
+				if e.IsDir() && (parent == own || n.hasContainer(e.Name())) {
+					r["cgroup "+filepath.Join(parent, e.Name())] = true
 				}
 			}
 		}
@@ -110,19 +116,31 @@ func (r resources) addCgroups(root string) error {
 	return nil
 }
 
-// cgroupOf tells whether a cgroup belongs to the node: it has processes of it,
-// or the node has a directory of that name. Other nodes run at the same time.
-func cgroupOf(dir, root string) bool {
-	id := filepath.Base(dir)
-	for _, place := range []string{
-		"containerd/state/io.containerd.runtime.v2.task/k8s.io", "vmruntime/root/pods",
-		"containerd/root/io.containerd.grpc.v1.cri/sandboxes", "containerd/root/io.containerd.grpc.v1.cri/containers",
-	} {
-		if _, err := os.Stat(filepath.Join(root, place, id)); err == nil {
+// hasContainer tells whether containerd's CRI has the container or sandbox:
+// other nodes use the same default parent at the same time.
+func (n *Node) hasContainer(id string) bool {
+	for _, kind := range []string{"sandboxes", "containers"} {
+		if _, err := os.Stat(n.path("containerd", "root", "io.containerd.grpc.v1.cri", kind, id)); err == nil {
 			return true
 		}
 	}
 	return false
+}
+
+// removeCgroups removes the node's own parent, which is empty when all pods
+// are gone.
+func (n *Node) removeCgroups() error {
+	dirs, err := filepath.Glob("/sys/fs/cgroup/*" + n.CgroupParent())
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, dir := range append(dirs, "/sys/fs/cgroup"+n.CgroupParent()) {
+		if err := os.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // addContainerd adds containers, leases and writable snapshots.

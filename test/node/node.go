@@ -15,6 +15,7 @@
 package node
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -131,6 +132,10 @@ func (n *Node) makeRoot() error {
 // name is the node's name on the machine: of its network namespace.
 func (n *Node) name() string { return "node-" + filepath.Base(n.Root) }
 
+// CgroupParent is a cgroup for the node's pods alone, for their
+// cgroup_parent: what is left there is the node's.
+func (n *Node) CgroupParent() string { return "/" + n.name() }
+
 func (n *Node) path(elem ...string) string {
 	return filepath.Join(append([]string{n.Root}, elem...)...)
 }
@@ -158,14 +163,15 @@ func (n *Node) Command(ctx context.Context, name string, args ...string) *exec.C
 	return exec.CommandContext(ctx, "nsenter", append([]string{"--net=" + n.netns.path, "--", name}, args...)...)
 }
 
-// Crictl runs crictl against Socket and returns what it printed.
+// Crictl runs crictl against Socket and returns its standard output.
 func (n *Node) Crictl(ctx context.Context, args ...string) (string, error) {
 	cmd := n.Command(ctx, n.crictl, append(n.CrictlFlags(), args...)...)
-	out, err := cmd.CombinedOutput()
-	if err != nil {
-		err = fmt.Errorf("crictl %v: %w\n%s", args, err, out)
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Run(); err != nil {
+		return stdout.String(), fmt.Errorf("crictl %v: %w\n%s%s", args, err, &stdout, &stderr)
 	}
-	return string(out), err
+	return stdout.String(), nil
 }
 
 // CrictlFlags are the flags that point crictl at this node.
@@ -222,7 +228,7 @@ func (n *Node) Stop() error {
 	}
 	errs = append(errs, n.vmruntime.stop(), n.containerd.stop(), n.registry.close())
 	if n.netns != nil {
-		errs = append(errs, n.survivors(), n.netns.remove())
+		errs = append(errs, n.survivors(), n.removeCgroups(), n.netns.remove())
 	}
 	if n.ownsRoot {
 		errs = append(errs, os.RemoveAll(n.Root))
@@ -240,4 +246,13 @@ func (n *Node) removePods(ctx context.Context) error {
 		return err
 	}
 	return nil
+}
+
+// SaveLogs copies what the daemons printed to a directory that outlives the
+// node.
+func (n *Node) SaveLogs(dir string) error {
+	if err := os.RemoveAll(dir); err != nil {
+		return err
+	}
+	return os.CopyFS(dir, os.DirFS(n.path("log")))
 }

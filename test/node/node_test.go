@@ -33,12 +33,14 @@ func TestContainerdNode(t *testing.T) {
 	stopped := false
 	defer func() {
 		if !stopped {
-			t.Error(n.Stop())
+			if err := n.Stop(); err != nil {
+				t.Error(err)
+			}
 		}
 	}()
 	pod := runPod(ctx, t, n)
-	if leaks, err := n.Leaks(ctx); err != nil || !slicesContain(leaks, pod) {
-		t.Errorf("with a pod that runs, Leaks = %q, %v, want lines with %s", leaks, err, pod)
+	if used, err := n.inUse(ctx); err != nil || !slicesContain(used, pod) {
+		t.Errorf("with a pod that runs, in use are %q, %v, want lines with %s", used, err, pod)
 	}
 	if _, err := n.Crictl(ctx, "rmp", "--force", pod); err != nil {
 		t.Error(err)
@@ -58,7 +60,7 @@ func TestContainerdNode(t *testing.T) {
 func runPod(ctx context.Context, t *testing.T, n *Node) string {
 	t.Helper()
 	dir := t.TempDir()
-	pod := writeJSON(t, dir, "pod.json", `{"metadata":{"name":"p","namespace":"default","uid":"u1"},"log_directory":"`+dir+`","linux":{}}`)
+	pod := writeJSON(t, dir, "pod.json", `{"metadata":{"name":"p","namespace":"default","uid":"u1"},"log_directory":"`+dir+`","linux":{"cgroup_parent":"`+n.CgroupParent()+`"}}`)
 	container := writeJSON(t, dir, "container.json",
 		`{"metadata":{"name":"c"},"image":{"image":"`+images.Busybox+`"},"command":["sleep","1000"],"log_path":"c.log","linux":{}}`)
 	if _, err := n.Crictl(ctx, "pull", images.Busybox); err != nil {
