@@ -86,6 +86,9 @@ func (c *Client) intercept(ctx context.Context, req *ttrpc.Request, resp *ttrpc.
 	if ended := c.session.ended(); ended != nil && ctx.Err() == nil {
 		return fmt.Errorf("%s: session with the guest's agent lost: %w: %w", info.FullMethod, ended, errdefs.ErrUnavailable)
 	}
+	if ctx.Err() != nil {
+		return fmt.Errorf("%s: %w", info.FullMethod, context.Cause(ctx))
+	}
 	if errors.Is(err, ttrpc.ErrClosed) {
 		return fmt.Errorf("%s: session with the guest's agent closed: %w", info.FullMethod, errdefs.ErrUnavailable)
 	}

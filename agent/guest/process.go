@@ -197,6 +197,9 @@ func (p *process) begin(pid int, st *streams) {
 	if st.console != nil {
 		p.console = st.stdin
 		st.out = p.console
+		if !p.wantStdin {
+			p.stdin = nil
+		}
 	}
 	p.mu.Unlock()
 	p.out.attach(stdout, st.out)

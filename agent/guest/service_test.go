@@ -2,13 +2,16 @@ package guest_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"os"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 
 	"github.com/vmruntime/vmruntime/agent"
 	"github.com/vmruntime/vmruntime/agent/agentpb"
@@ -40,6 +43,8 @@ func TestGuest(t *testing.T) {
 		{"network", testNetwork},
 		{"dial", testDial},
 		{"stats and update", testStats},
+		{"files kept live", testFiles},
+		{"share", testShare},
 		{"hot-plugged disk", testHotplug},
 		{"reconnect", testReconnect},
 		{"shutdown", testShutdown},
@@ -189,7 +194,7 @@ func testStdin(t *testing.T, _ *machine, c *agent.Client) {
 	short, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
 	_, err := c.WriteStdin(short, &agentpb.WriteStdinRequest{Process: ref, Data: make([]byte, 1<<20)})
-	if err == nil || c.Err() != nil {
+	if !errors.Is(err, context.DeadlineExceeded) || c.Err() != nil {
 		t.Errorf("write to a full pipe: %v, session %v", err, c.Err())
 	}
 	if _, err := c.RemoveExec(ctx, ref); err != nil {
@@ -382,6 +387,72 @@ func testStats(t *testing.T, _ *machine, c *agent.Client) {
 	}
 	if g := resp.Guest; g.CpuUsageNano < cg.CpuUsageNano || g.MemoryUsageBytes == 0 || g.MemoryAvailableBytes == 0 || g.ProcessCount == 0 {
 		t.Errorf("guest %v", g)
+	}
+}
+
+func testFiles(t *testing.T, _ *machine, c *agent.Client) {
+	ctx := deadline(t, time.Minute)
+	put := func(name, version, text string) {
+		t.Helper()
+		_, err := c.PutFiles(ctx, &agentpb.PutFilesRequest{Name: name, Entries: []*agentpb.FileEntry{
+			{Path: ".", Mode: unix.S_IFDIR | 0o755}, {Path: version, Mode: unix.S_IFDIR | 0o755},
+			{Path: "..data", Mode: unix.S_IFLNK, SymlinkTarget: version},
+			{Path: version + "/key", Mode: unix.S_IFREG | 0o644, Data: []byte(text)},
+			{Path: "key", Mode: unix.S_IFLNK, SymlinkTarget: "..data/key"},
+		}})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	put("pod/config", "..1", "old")
+	_, err := c.PutFiles(ctx, &agentpb.PutFilesRequest{Name: "pod/term", InPlace: true, Entries: []*agentpb.FileEntry{{Path: ".", Mode: unix.S_IFREG | 0o666}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	spec := containerSpec("sh", "-c", "cat /cfg/key; read x; cat /cfg/key; echo bye > /dev/termination-log")
+	spec.Mounts = append(spec.Mounts,
+		specs.Mount{Destination: "/cfg", Type: "bind", Source: "/run/vm/files/pod/config", Options: []string{"rbind", "ro"}},
+		specs.Mount{Destination: "/dev/termination-log", Type: "bind", Source: "/run/vm/files/pod/term", Options: []string{"bind", "rw"}})
+	runContainer(t, c, "files", spec, func(r *agentpb.CreateContainerRequest) { r.Stdin = true })
+	defer removeContainer(t, c, "files")
+	ref := &agentpb.ProcessRef{ContainerId: "files"}
+	if resp, err := c.ReadOutput(ctx, &agentpb.ReadOutputRequest{Process: ref}); err != nil || len(resp.Chunks) != 1 || string(resp.Chunks[0].Data) != "old" {
+		t.Fatalf("%v, %v", resp, err)
+	}
+	put("pod/config", "..2", "new")
+	if _, err := c.WriteStdin(ctx, &agentpb.WriteStdinRequest{Process: ref, Data: []byte("\n")}); err != nil {
+		t.Fatal(err)
+	}
+	if stdout, stderr, _ := readAll(t, c, ref); stdout != "oldnew" {
+		t.Errorf("stdout %q, stderr %q", stdout, stderr)
+	}
+	resp, err := c.GetFile(ctx, &agentpb.GetFileRequest{Path: "pod/term", MaxBytes: 100})
+	if err != nil || string(resp.Data) != "bye\n" {
+		t.Errorf("termination message %v, %v", resp, err)
+	}
+}
+
+func testShare(t *testing.T, m *machine, c *agent.Client) {
+	if _, err := os.Stat(m.path("share")); err != nil {
+		t.Skip("needs " + virtiofsd)
+	}
+	if err := os.WriteFile(m.path("share/hello"), []byte("from the host"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if _, err := c.MountShare(deadline(t, time.Minute), &agentpb.MountShareRequest{Tag: "shares"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	spec := containerSpec("sh", "-c", "cat /share/hello; echo back > /share/answer")
+	spec.Mounts = append(spec.Mounts, specs.Mount{Destination: "/share", Type: "bind", Source: "/run/vm/shares", Options: []string{"rbind", "rw"}})
+	runContainer(t, c, "share", spec, nil)
+	defer removeContainer(t, c, "share")
+	if stdout, stderr, st := readAll(t, c, &agentpb.ProcessRef{ContainerId: "share"}); stdout != "from the host" || st.ExitCode != 0 {
+		t.Errorf("stdout %q, stderr %q", stdout, stderr)
+	}
+	if data, err := os.ReadFile(m.path("share/answer")); string(data) != "back\n" {
+		t.Errorf("%q, %v", data, err)
 	}
 }
 

@@ -82,18 +82,19 @@ func bootMachine(t *testing.T) *machine {
 	if err := json.Unmarshal(data, &man); err != nil {
 		t.Fatal(err)
 	}
-	m.cmd = exec.Command("qemu-system-x86_64", "-M", "q35", "-accel", "tcg", "-cpu", "max", "-m", "512", "-smp", "2",
-		"-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio",
+	args := []string{"-M", "q35,memory-backend=mem", "-accel", "tcg", "-cpu", "max", "-m", "512M", "-smp", "2",
+		"-object", "memory-backend-memfd,id=mem,size=512M,share=on", "-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio",
 		"-kernel", filepath.Join(guestDir(), man.Kernel), "-initrd", m.path("initramfs"), "-append", man.Cmdline,
-		"-qmp", "unix:"+m.path("qmp.sock")+",server=on,wait=off",
-		"-device", "virtio-serial-pci", "-chardev", "socket,id=agent,path="+m.path("agent.sock")+",server=on,wait=off",
-		"-device", "virtserialport,chardev=agent,name="+agent.PortName,
+		"-qmp", "unix:" + m.path("qmp.sock") + ",server=on,wait=off",
+		"-device", "virtio-serial-pci", "-chardev", "socket,id=agent,path=" + m.path("agent.sock") + ",server=on,wait=off",
+		"-device", "virtserialport,chardev=agent,name=" + agent.PortName,
 		"-device", "virtio-scsi-pci,id=scsi0",
-		"-drive", "if=none,id=d0,format=raw,file="+m.path("scratch.img"), "-device", "scsi-hd,drive=d0,serial=scratch",
-		"-drive", "if=none,id=d1,format=raw,readonly=on,file="+m.path("image.erofs"), "-device", "scsi-hd,drive=d1,serial=image",
+		"-drive", "if=none,id=d0,format=raw,file=" + m.path("scratch.img"), "-device", "scsi-hd,drive=d0,serial=scratch",
+		"-drive", "if=none,id=d1,format=raw,readonly=on,file=" + m.path("image.erofs"), "-device", "scsi-hd,drive=d1,serial=image",
 		"-netdev", "hubport,id=n0,hubid=0", "-device", "virtio-net-pci,netdev=n0,mac=52:54:00:00:00:01",
 		"-netdev", "hubport,id=n1,hubid=0", "-device", "virtio-net-pci,netdev=n1,mac=52:54:00:00:00:02",
-	)
+	}
+	m.cmd = exec.Command("qemu-system-x86_64", append(args, m.startShare()...)...)
 	m.cmd.Stdout, m.cmd.Stderr = &m.console, &m.console
 	m.started = time.Now()
 	if err := m.cmd.Start(); err != nil {
@@ -107,6 +108,36 @@ func bootMachine(t *testing.T) *machine {
 		}
 	})
 	return m
+}
+
+const virtiofsd = "/usr/lib/qemu/virtiofsd"
+
+// startShare serves the directory "share" by virtiofs, where Debian 12's virtiofsd is, and gives QEMU's
+// arguments for it.
+func (m *machine) startShare() []string {
+	m.t.Helper()
+	if _, err := os.Stat(virtiofsd); err != nil {
+		return nil
+	}
+	if err := os.Mkdir(m.path("share"), 0o755); err != nil {
+		m.t.Fatal(err)
+	}
+	cmd := exec.Command(virtiofsd, "--socket-path="+m.path("fs.sock"), "-o", "source="+m.path("share"), "-o", "sandbox=chroot",
+		"--rlimit-nofile=0", "-f")
+	cmd.Stdout, cmd.Stderr = &m.console, &m.console
+	if err := cmd.Start(); err != nil {
+		m.t.Fatal(err)
+	}
+	m.t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	for ctx := deadline(m.t, 10*time.Second); ctx.Err() == nil; time.Sleep(5 * time.Millisecond) {
+		if _, err := os.Stat(m.path("fs.sock")); err == nil {
+			break
+		}
+	}
+	return []string{"-chardev", "socket,id=fs,path=" + m.path("fs.sock"), "-device", "vhost-user-fs-pci,chardev=fs,tag=shares"}
 }
 
 func (m *machine) path(name string) string { return filepath.Join(m.dir, name) }
