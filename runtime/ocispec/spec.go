@@ -23,9 +23,14 @@ import (
 )
 
 const (
+	// specVersion is the version of the OCI runtime specification. Debian 12's crun 1.8.1 takes no later one ("unknown version
+	// specified").
+	specVersion = "1.0.2"
 	defaultPath = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 	// openFiles is RLIMIT_NOFILE of containers, what they have under a usual containerd.
 	openFiles = 1 << 20
+	// ociVersion is the version that every crun accepts: Debian 12's knows no later one. Nothing newer is used.
+	ociVersion = "1.0.2"
 	// crunAnnotations begin the annotations by which crun can be told to do other things; a pod may not.
 	crunAnnotations = "run.oci."
 )
@@ -66,7 +71,7 @@ func Build(in Input) (*specs.Spec, error) {
 	}
 	linux.RootfsPropagation = propagation
 	spec := &specs.Spec{
-		Version:     specs.Version,
+		Version:     specVersion,
 		Process:     process,
 		Root:        &specs.Root{Path: "rootfs", Readonly: security(in.Config).GetReadonlyRootfs()},
 		Mounts:      mounts,
