@@ -137,9 +137,9 @@ func (w *Writer) count(file *os.File, from int64) error {
 	for {
 		line, err := lines.ReadBytes('\n')
 		switch {
-		case err == io.EOF && len(line) > 0:
+		case errors.Is(err, io.EOF) && len(line) > 0:
 			return file.Truncate(from)
-		case err == io.EOF:
+		case errors.Is(err, io.EOF):
 			return nil
 		case err != nil:
 			return err
