@@ -79,14 +79,13 @@ func uncompressModule(file string, data []byte) ([]byte, error) {
 }
 
 // cmdline is the same under KVM and TCG, and leaves every mitigation of processor bugs at the kernel's
-// default. Docs/adr/0003-guest-boot.md has the figures.
-func cmdline(console string) string {
-	return strings.Join([]string{
+// default. docs/adr/0003-guest-boot.md has the figures.
+func cmdline(t target) string {
+	args := []string{
 		// A panic is printed, since it is graver than quiet hides, and then resets the machine at once.
-		"console=" + console, "quiet", "panic=-1",
-		// A busy host can make an emulated timer fail the check, and the kernel then panics.
-		"no_timer_check",
-		// Self tests of ciphers that were tested when the kernel was built.
+		"console=" + t.console, "quiet", "panic=-1",
+		// Self tests of ciphers, which the kernel's builders have run.
 		"cryptomgr.notests", "initcall_blacklist=crypto_kdf108_init",
-	}, " ")
+	}
+	return strings.Join(append(args, t.args...), " ")
 }
