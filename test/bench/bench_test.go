@@ -1,0 +1,83 @@
+package main
+
+import (
+	"encoding/json"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestQuantiles(t *testing.T) {
+	var d durations
+	for i := 100; i >= 1; i-- {
+		d = append(d, time.Duration(i)*time.Millisecond)
+	}
+	for _, c := range []struct {
+		of       durations
+		quantile float64
+		want     float64
+	}{
+		{d, 0.5, 50}, {d, 0.99, 99}, {d, 1, 100}, {d[:1], 0.5, 100}, {d[:1], 0.99, 100},
+		{d[:10], 0.5, 95}, {d[:10], 0.99, 100}, {d[:3], 0.5, 99},
+	} {
+		if got := c.of.at(c.quantile); got != c.want {
+			t.Errorf("quantile %v of %d values = %v, want %v", c.quantile, len(c.of), got, c.want)
+		}
+	}
+}
+
+func TestBars(t *testing.T) {
+	var r report
+	r.compare("ratio below", 150, 100, "ms").within(1.6)
+	r.compare("ratio above", 170, 100, "ms").within(1.6)
+	r.add("value at", 0.3, "ms").within(0.3)
+	r.add("value above", 0.31, "ms").within(0.3)
+	r.add("free", 1, "MiB")
+	want := []string{"held", "MISSED", "held", "MISSED", ""}
+	for i, f := range r.figures {
+		if f.held() != want[i] {
+			t.Errorf("%s: %q, want %q", f.Name, f.held(), want[i])
+		}
+	}
+	data, err := json.Marshal(r.figures[4])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := `{"name":"free","value":1,"unit":"MiB","baseline":null,"ratio":null,"bar":null}`; string(data) != want {
+		t.Errorf("a figure is written as %s, want %s", data, want)
+	}
+}
+
+func TestReadMaps(t *testing.T) {
+	m, err := readMaps(strings.NewReader(`7f0000000000-7f0014000000 rw-s 00000000 00:01 1036 /memfd:memory-backend-memfd (deleted)
+Rss:              120000 kB
+Pss:              100000 kB
+Pss_Dirty:          9999 kB
+VmFlags: rd wr
+7f0014000000-7f0014001000 r-xp 00000000 08:01 77 /usr/bin/qemu-system-x86_64
+Pss:                 300 kB
+7f0014001000-7f0014002000 rw-p 00000000 00:00 0
+Pss:                  24 kB
+`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := (mapped{total: 100324 << 10, guest: 100000 << 10}); m != want {
+		t.Errorf("readMaps = %+v, want %+v", m, want)
+	}
+	if _, err := readMaps(strings.NewReader("Pss: many kB\n")); err == nil {
+		t.Error("readMaps takes a number that is none")
+	}
+}
+
+func TestSetChangesOnlyWhatIsThere(t *testing.T) {
+	object := map[string]any{"config": map[string]any{"metadata": 1}}
+	if err := set(object, 2, "config", "metadata"); err != nil || object["config"].(map[string]any)["metadata"] != 2 {
+		t.Errorf("set: %v, the object is %v", err, object)
+	}
+	for _, path := range [][]string{{"absent"}, {"config", "absent"}, {"absent", "metadata"}} {
+		if err := set(object, 2, path...); err == nil {
+			t.Errorf("set %q succeeds on %v", path, object)
+		}
+	}
+}

@@ -1,0 +1,140 @@
+// Command bench measures what a VM pod costs and what passing through vmruntime costs, on a private node with
+// real containerd, QEMU and guest.
+//
+// Every figure that is compared is taken in the same run as its baseline, in turns with it, so that a load that
+// comes and goes meets both. It fails when something cannot be measured, never because a bar is missed. What it
+// starts is gone when it ends, also on an error or a signal.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/vmruntime/vmruntime/test/images"
+	"github.com/vmruntime/vmruntime/test/node"
+)
+
+// runTimeout bounds the measurements; what follows is the teardown.
+const runTimeout = 9 * time.Minute
+
+func main() {
+	var o options
+	flag.StringVar(&o.out, "o", "out/bench.json", "where the figures are written")
+	flag.StringVar(&o.vmruntime, "vmruntime", "bin/vmruntime", "the program that make build leaves")
+	flag.StringVar(&o.guest, "guest", "out/guest", "the directory that make guest leaves")
+	flag.StringVar(&o.accel, "accel", "tcg", "tcg or kvm")
+	flag.IntVar(&o.starts, "starts", 10, "repetitions of each cold start")
+	flag.IntVar(&o.calls, "calls", 1000, "repetitions of each unary call")
+	flag.IntVar(&o.containers, "containers", 30, "repetitions of a container's start")
+	flag.IntVar(&o.lists, "lists", 300, "repetitions of each list of stored pods")
+	flag.IntVar(&o.idle, "idle", 5, "idle VM pods whose memory is measured")
+	flag.IntVar(&o.stored, "stored", 500, "VM pods in the store while lists are measured")
+	flag.Parse()
+	ctx, cancel := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer cancel()
+	if err := run(ctx, o); err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		cancel()
+		os.Exit(1)
+	}
+}
+
+type options struct {
+	out, vmruntime, guest, accel                   string
+	starts, calls, containers, lists, idle, stored int
+}
+
+func (o *options) check() error {
+	for _, n := range []struct {
+		flag  string
+		value int
+	}{{"starts", o.starts}, {"calls", o.calls}, {"containers", o.containers}, {"lists", o.lists}, {"idle", o.idle}, {"stored", o.stored}} {
+		if n.value < 1 {
+			return fmt.Errorf("-%s is %d; it has to be at least 1", n.flag, n.value)
+		}
+	}
+	if o.accel != "tcg" && o.accel != "kvm" {
+		return fmt.Errorf("-accel is %q; it has to be tcg or kvm, so that the baseline has the same", o.accel)
+	}
+	var err, guestErr error
+	o.vmruntime, err = filepath.Abs(o.vmruntime)
+	o.guest, guestErr = filepath.Abs(o.guest)
+	return errors.Join(err, guestErr)
+}
+
+// bench is one run.
+type bench struct {
+	options
+	node   *node.Node
+	vm     *cri // vmruntime's socket
+	direct *cri // containerd's own
+	logs   string
+	report report
+}
+
+// run measures everything, and writes what it found if all went well.
+func run(ctx context.Context, o options) (err error) {
+	if err := o.check(); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, runTimeout)
+	defer cancel()
+	b := &bench{options: o}
+	if err := b.describe(ctx); err != nil {
+		return err
+	}
+	progress("starting a private node")
+	if b.node, err = node.Start(ctx, node.Options{VMRuntime: o.vmruntime, GuestDir: o.guest, Accel: o.accel}); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, b.node.Stop()) }()
+	if err := b.measure(ctx); err != nil {
+		return err
+	}
+	b.report.print(os.Stdout)
+	return b.report.write(o.out)
+}
+
+func (b *bench) measure(ctx context.Context) (err error) {
+	if b.vm, err = dial(b.node.Socket()); err != nil {
+		return err
+	}
+	defer b.vm.close()
+	if b.direct, err = dial(b.node.ContainerdSocket()); err != nil {
+		return err
+	}
+	defer b.direct.close()
+	b.logs = filepath.Join(b.node.Root, "pod-logs")
+	if err := b.vm.pull(ctx, images.Busybox); err != nil {
+		return err
+	}
+	for _, step := range []struct {
+		name string
+		do   func(context.Context) error
+	}{
+		{"cold starts", b.coldStarts},
+		{"delegated calls", b.delegatedCalls},
+		{"memory of idle VM pods", b.idleMemory},
+		{"lists of stored VM pods", b.storedPods},
+	} {
+		progress("measuring " + step.name)
+		if err := step.do(ctx); err != nil {
+			return fmt.Errorf("%s: %w", step.name, err)
+		}
+	}
+	return nil
+}
+
+var began = time.Now()
+
+// progress tells on the error output what takes time.
+func progress(what string) {
+	fmt.Fprintf(os.Stderr, "%6.1fs %s\n", time.Since(began).Seconds(), what)
+}

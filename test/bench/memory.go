@@ -1,0 +1,159 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// settle is how long nothing is asked of a pod before it counts as idle.
+const settle = 5 * time.Second
+
+// mapped is the memory of processes in bytes, shared pages divided among those that share them.
+type mapped struct {
+	total int64
+	guest int64 // of it the guest's own memory
+}
+
+// idleMemory measures VM pods that have one waiting container each, and what they make the daemon grow by.
+func (b *bench) idleMemory(ctx context.Context) (err error) {
+	before, err := b.daemonRSS()
+	if err != nil {
+		return err
+	}
+	var pods []*pod
+	defer func() { err = errors.Join(err, removeAll(ctx, pods)) }()
+	for i := range b.idle {
+		p, err := b.runPod(ctx, b.vm, vmHandler, fmt.Sprintf("idle-%d", i))
+		if err != nil {
+			return err
+		}
+		pods = append(pods, p)
+		if err := b.startIn(ctx, p); err != nil {
+			return err
+		}
+	}
+	if err := sleep(ctx, settle); err != nil {
+		return err
+	}
+	var sum mapped
+	for _, p := range pods {
+		m, err := memoryOf(p.id)
+		if err != nil {
+			return err
+		}
+		sum.total += m.total
+		sum.guest += m.guest
+	}
+	after, err := b.daemonRSS()
+	if err != nil {
+		return err
+	}
+	each := float64(len(pods)) * (1 << 20)
+	b.report.add("memory per idle VM pod beyond the guest's", float64(sum.total-sum.guest)/each, "MiB")
+	b.report.add("  the guest's own, touched", float64(sum.guest)/each, "MiB")
+	b.report.add(fmt.Sprintf("daemon's memory per VM pod, of %d running", len(pods)), float64(after-before)/each, "MiB")
+	return nil
+}
+
+func (b *bench) startIn(ctx context.Context, p *pod) error {
+	ctx, cancel := context.WithTimeout(ctx, podTimeout)
+	defer cancel()
+	_, _, _, err := p.start(ctx, "c")
+	return err
+}
+
+// daemonRSS is vmruntime's resident memory in bytes.
+func (b *bench) daemonRSS() (int64, error) {
+	return fileValue(fmt.Sprintf("/proc/%d/status", b.node.VMRuntimePID()), "VmRSS:")
+}
+
+func sleep(ctx context.Context, d time.Duration) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(d):
+		return nil
+	}
+}
+
+// memoryOf adds up the processes in the cgroup that bears the pod's ID: QEMU and its helpers.
+func memoryOf(podID string) (m mapped, err error) {
+	pids, err := processesOf(podID)
+	if err != nil {
+		return m, err
+	}
+	for _, pid := range pids {
+		f, err := os.Open(fmt.Sprintf("/proc/%d/smaps", pid))
+		if err != nil {
+			return m, err
+		}
+		one, err := readMaps(f)
+		if err := errors.Join(err, f.Close()); err != nil {
+			return m, fmt.Errorf("process %d: %w", pid, err)
+		}
+		m.total += one.total
+		m.guest += one.guest
+	}
+	if m.guest == 0 {
+		return m, fmt.Errorf("none of the processes %v of pod %s has a guest's memory", pids, podID)
+	}
+	return m, nil
+}
+
+func processesOf(podID string) ([]int, error) {
+	files, err := filepath.Glob("/proc/[0-9]*/cgroup")
+	if err != nil {
+		return nil, err
+	}
+	var pids []int
+	for _, file := range files {
+		data, err := os.ReadFile(file)
+		if err != nil || !strings.Contains(string(data), podID) {
+			continue // it has ended, or is another's
+		}
+		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(file)))
+		if err != nil {
+			return nil, err
+		}
+		pids = append(pids, pid)
+	}
+	return pids, nil
+}
+
+// guestMapping begins the name of the mapping of the guest's memory.
+const guestMapping = "/memfd:memory-backend-memfd"
+
+// readMaps adds up the Pss of /proc/PID/smaps. A mapping's first line is ADDRESSES PERMISSIONS OFFSET DEVICE INODE NAME,
+// the others are KEY: VALUE.
+func readMaps(r io.Reader) (m mapped, err error) {
+	guest := false
+	lines := bufio.NewScanner(r)
+	for lines.Scan() {
+		line := lines.Text()
+		if fields := strings.Fields(line); len(fields) >= 5 && strings.Contains(fields[0], "-") {
+			guest = len(fields) > 5 && strings.HasPrefix(fields[5], guestMapping)
+			continue
+		}
+		rest, ok := strings.CutPrefix(line, "Pss:")
+		if !ok {
+			continue
+		}
+		pss, err := kilobytes(rest)
+		if err != nil {
+			return m, fmt.Errorf("smaps: %q: %w", line, err)
+		}
+		m.total += pss
+		if guest {
+			m.guest += pss
+		}
+	}
+	return m, lines.Err()
+}
