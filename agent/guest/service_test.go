@@ -47,6 +47,7 @@ func TestGuest(t *testing.T) {
 		{"share", testShare},
 		{"hot-plugged disk", testHotplug},
 		{"reconnect", testReconnect},
+		{"reconnect in mid-stream", testReconnectStream},
 		{"shutdown", testShutdown},
 	}
 	for _, step := range steps {
@@ -515,6 +516,47 @@ func testReconnect(t *testing.T, m *machine, c *agent.Client) {
 	if stdout, _, st := readAll(t, c2, ref); stdout != "before\nafter all\n" || st.ExitCode != 0 {
 		t.Errorf("stdout %q, state %v", stdout, st)
 	}
+}
+
+// Sessions that end in the middle of answers lose and double nothing of a process's output.
+func testReconnectStream(t *testing.T, m *machine, _ *agent.Client) {
+	ctx := deadline(t, 2*time.Minute)
+	c := m.dial(t)
+	runContainer(t, c, "stream", containerSpec("seq", "1", "100000"), func(r *agentpb.CreateContainerRequest) { r.OutputBufferBytes = 128 << 10 })
+	ref := &agentpb.ProcessRef{ContainerId: "stream"}
+	var got strings.Builder
+	sessions := 1
+	for eof := false; !eof; {
+		request := &agentpb.ReadOutputRequest{Process: ref, StdoutOffset: uint64(got.Len()), MaxBytes: 20 << 10}
+		// Another answer is under way while the session ends.
+		doomed := make(chan struct{})
+		go func() {
+			defer close(doomed)
+			_, _ = c.ReadOutput(ctx, request)
+		}()
+		resp, err := c.ReadOutput(ctx, request)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, chunk := range resp.Chunks {
+			got.Write(chunk.Data)
+		}
+		eof = resp.Eof
+		if got.Len()/(50<<10) >= sessions {
+			sessions++
+			_ = c.Close()
+			c = m.dial(t)
+		}
+		<-doomed
+	}
+	var want strings.Builder
+	for i := 1; i <= 100000; i++ {
+		fmt.Fprintln(&want, i)
+	}
+	if got.String() != want.String() {
+		t.Errorf("%d bytes over %d sessions, want %d", got.Len(), sessions, want.Len())
+	}
+	t.Logf("%d bytes over %d sessions", got.Len(), sessions)
 }
 
 func testShutdown(t *testing.T, m *machine, _ *agent.Client) {

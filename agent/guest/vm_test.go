@@ -3,8 +3,10 @@ package guest_test
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -14,6 +16,7 @@ import (
 	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"github.com/pierrec/lz4/v4"
 	"github.com/u-root/u-root/pkg/cpio"
 
 	"github.com/vmruntime/vmruntime/agent"
@@ -26,7 +29,7 @@ type machine struct {
 	dir     string
 	started time.Time
 	cmd     *exec.Cmd
-	console bytes.Buffer
+	console *os.File // what QEMU and virtiofsd print
 }
 
 // testVersion tells that the guest runs what this test has built.
@@ -69,6 +72,11 @@ func bootMachine(t *testing.T) *machine {
 	t.Helper()
 	needGuest(t)
 	m := &machine{t: t, dir: t.TempDir()}
+	var err error
+	if m.console, err = os.Create(m.path("console")); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = m.console.Close() })
 	m.buildInitramfs()
 	m.buildImage()
 	output(t, m.dir, "truncate", "-s", "256M", "scratch.img")
@@ -95,7 +103,7 @@ func bootMachine(t *testing.T) *machine {
 		"-netdev", "hubport,id=n1,hubid=0", "-device", "virtio-net-pci,netdev=n1,mac=52:54:00:00:00:02",
 	}
 	m.cmd = exec.Command("qemu-system-x86_64", append(args, m.startShare()...)...)
-	m.cmd.Stdout, m.cmd.Stderr = &m.console, &m.console
+	m.cmd.Stdout, m.cmd.Stderr = m.console, m.console
 	m.started = time.Now()
 	if err := m.cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -104,7 +112,8 @@ func bootMachine(t *testing.T) *machine {
 		_ = m.cmd.Process.Kill()
 		_ = m.cmd.Wait()
 		if t.Failed() {
-			t.Logf("console of the guest:\n%s", m.console.String())
+			text, _ := os.ReadFile(m.path("console"))
+			t.Logf("console of the guest:\n%s", text)
 		}
 	})
 	return m
@@ -124,7 +133,7 @@ func (m *machine) startShare() []string {
 	}
 	cmd := exec.Command(virtiofsd, "--socket-path="+m.path("fs.sock"), "-o", "source="+m.path("share"), "-o", "sandbox=chroot",
 		"--rlimit-nofile=0", "-f")
-	cmd.Stdout, cmd.Stderr = &m.console, &m.console
+	cmd.Stdout, cmd.Stderr = m.console, m.console
 	if err := cmd.Start(); err != nil {
 		m.t.Fatal(err)
 	}
@@ -141,6 +150,9 @@ func (m *machine) startShare() []string {
 }
 
 func (m *machine) path(name string) string { return filepath.Join(m.dir, name) }
+
+// lz4Magic begins an archive in the kernel's LZ4 format.
+const lz4Magic = 0x184c2102
 
 // buildInitramfs puts this checkout's agent over the one in the built initramfs: the kernel unpacks
 // archives one after the other.
@@ -162,6 +174,12 @@ func (m *machine) buildInitramfs() {
 	}
 	if err := cpio.WriteTrailer(w); err != nil {
 		m.t.Fatal(err)
+	}
+	// Nothing may follow an LZ4 archive, so it is unpacked here.
+	if binary.LittleEndian.Uint32(data) == lz4Magic {
+		if data, err = io.ReadAll(lz4.NewReader(bytes.NewReader(data))); err != nil {
+			m.t.Fatalf("unpack the initramfs: %v", err)
+		}
 	}
 	// The next archive begins at a multiple of four.
 	data = append(data, make([]byte, (4-len(data)%4)%4)...)
