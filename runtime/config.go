@@ -22,6 +22,9 @@ import (
 // DefaultConfigPath is read when no other file is named; it need not be there.
 const DefaultConfigPath = "/etc/vmruntime/vmruntime.toml"
 
+// maxStatePath leaves room for "/pods/ID/agent.sock" in the 107 bytes that a socket's path may have (unix(7)).
+const maxStatePath = 107 - len("/pods/") - 64 - len("/agent.sock")
+
 // CRINamespace is the namespace that containerd's CRI keeps its images and containers in. It is fixed there.
 const CRINamespace = "k8s.io"
 
@@ -241,6 +244,7 @@ func (c Config) Validate() error {
 	v.path("server.root", c.Server.Root)
 	v.path("server.state", c.Server.State)
 	v.rule(c.Server.Root != c.Server.State, "server.state", c.Server.State, "another directory than server.root")
+	v.rule(len(c.Server.State) <= maxStatePath, "server.state", c.Server.State, fmt.Sprintf("a path of at most %d bytes: sockets lie below it, whose paths the kernel bounds", maxStatePath))
 	v.oneOf("server.log_level", c.Server.LogLevel, "debug", "info", "warn", "error")
 	addr, err := netip.ParseAddrPort(c.Server.StreamAddress)
 	v.rule(err == nil && addr.Addr().IsLoopback(), "server.stream_address", c.Server.StreamAddress, "a loopback address and a port, like 127.0.0.1:0")

@@ -23,6 +23,8 @@ const (
 	// plugTimeout bounds one hot-plug.
 	plugTimeout = 30 * time.Second
 	shareTag    = "shares"
+	// endGrace is how long after its sockets QEMU's process may end.
+	endGrace = time.Second
 	// shutdownTimeout bounds how long a guest may take to write its shares back and power off.
 	shutdownTimeout = 2 * time.Second
 )
@@ -141,22 +143,35 @@ func (g *guest) configure(ctx context.Context, client *agent.Client) error {
 // endOf records why no session is to be had any more. A VM whose agent stays silent is killed: nothing
 // could be told or asked of it.
 func (g *guest) endOf(ctx context.Context, err error) {
-	select {
-	case <-g.vm.Done():
-		err = g.vm.Err()
-		if err == nil {
-			err = errors.New("QEMU ended")
-		}
-	default:
+	if !g.ends(ctx) {
 		if ctx.Err() != nil {
 			return // closed; the VM goes on
 		}
 		kill, cancel := context.WithTimeout(context.WithoutCancel(ctx), plugTimeout)
 		defer cancel()
 		err = errors.Join(err, g.vm.Kill(kill))
+	} else if err = g.vm.Err(); err == nil {
+		err = errors.New("QEMU was told to quit")
 	}
 	g.log.Warn("the guest ended", "error", err)
 	g.publish(nil, err)
+}
+
+// ends tells whether QEMU is gone, or about to be: its sockets close a moment before its process ends.
+func (g *guest) ends(ctx context.Context) bool {
+	select {
+	case <-g.vm.Done():
+		return true
+	case <-ctx.Done():
+		select {
+		case <-g.vm.Done():
+			return true
+		default:
+			return false
+		}
+	case <-time.After(endGrace):
+		return false
+	}
 }
 
 func (g *guest) publish(c *agent.Client, failure error) {

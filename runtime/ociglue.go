@@ -41,11 +41,7 @@ func buildOCI(p *pod, id string, img *image.Image, spec *containerSpec) (err err
 	if spec.OCI, err = ocispec.Build(in); err != nil {
 		return err
 	}
-	user := &runtimeapi.LinuxContainerUser{Uid: int64(spec.OCI.Process.User.UID), Gid: int64(spec.OCI.Process.User.GID)}
-	for _, g := range spec.OCI.Process.User.AdditionalGids {
-		user.SupplementalGroups = append(user.SupplementalGroups, int64(g))
-	}
-	spec.User = message[*runtimeapi.ContainerUser]{&runtimeapi.ContainerUser{Linux: user}}
+	spec.User = message[*runtimeapi.ContainerUser]{ocispec.ContainerUser(spec.OCI)}
 	return nil
 }
 

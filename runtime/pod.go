@@ -271,11 +271,16 @@ func (p *pod) sandboxRequest() (*agentpb.ConfigureSandboxRequest, error) {
 	return req, nil
 }
 
+// hostname is what the kubelet asks, or the node's, as with containerd.
 func (p *pod) hostname() string {
 	if h := p.config().GetHostname(); h != "" {
 		return h
 	}
-	return p.config().GetMetadata().GetName()
+	h, err := os.Hostname()
+	if err != nil {
+		return "localhost"
+	}
+	return h
 }
 
 // applyCPUQuota bounds QEMU to what the pod may use, once the guest is up: a quota during the boot

@@ -266,3 +266,28 @@ func (g Group) stats1() (Stats, error) {
 		Processes:             s.GetPids().GetCurrent(),
 	}, nil
 }
+
+// KillOrphan ends and removes the group of a pod whose cgroup parent nobody knows any more, wherever it is.
+func KillOrphan(ctx context.Context, podID string) error {
+	root := "/sys/fs/cgroup"
+	if !unified() {
+		root = filepath.Join(root, string(cgroup1.Cpu))
+	}
+	var errs []error
+	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !d.IsDir() || strings.TrimSuffix(d.Name(), ".scope") != "vmruntime-"+podID {
+			return ignoreGone(err)
+		}
+		parent, err := filepath.Rel(root, filepath.Dir(path))
+		if err != nil {
+			return err
+		}
+		if strings.HasSuffix(d.Name(), ".scope") {
+			parent = filepath.Base(parent)
+		}
+		g := For(parent, podID)
+		errs = append(errs, g.Kill(ctx), g.Delete())
+		return fs.SkipDir
+	})
+	return errors.Join(append(errs, err)...)
+}
