@@ -69,10 +69,11 @@ func Run(ctx context.Context, n *node.Node, o Options) (Results, error) {
 	if err := os.MkdirAll(o.Dir, 0o755); err != nil {
 		return nil, err
 	}
+	report := filepath.Join(o.Dir, "junit.xml")
 	args := []string{
 		"-config", "/dev/null", "-test.timeout", "0",
 		"-runtime-endpoint", "unix://" + n.Socket(), "-image-endpoint", "unix://" + n.Socket(),
-		"-runtime-handler", o.Handler, "-report-dir", o.Dir, "-ginkgo.no-color",
+		"-runtime-handler", o.Handler, "-ginkgo.junit-report", report, "-ginkgo.no-color",
 	}
 	for _, s := range o.Skip {
 		args = append(args, "-ginkgo.skip", s.Spec.String())
@@ -84,18 +85,9 @@ func Run(ctx context.Context, n *node.Node, o Options) (Results, error) {
 	cmd.Dir = o.Dir
 	cmd.Stdout, cmd.Stderr = o.Output, o.Output
 	run := cmd.Run() // fails also when a spec does
-	reports, err := filepath.Glob(filepath.Join(o.Dir, "junit*.xml"))
-	if err != nil {
-		return nil, err
-	}
-	if len(reports) == 0 {
-		return nil, fmt.Errorf("critest wrote no report to %s: %w", o.Dir, run)
-	}
 	results := Results{}
-	for _, report := range reports {
-		if err := results.read(report); err != nil {
-			return nil, err
-		}
+	if err := results.read(report); err != nil {
+		return nil, errors.Join(err, run)
 	}
 	if run != nil && results.Count(Failed) == 0 {
 		return results, fmt.Errorf("critest failed but its report has no failed spec: %w", run)

@@ -1,0 +1,83 @@
+# Everything is built, run and tested from here; `make help` lists the targets.
+# The tests need root and a Debian 12 machine, real or virtual.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+# Behind what is on PATH, where install-deps puts Go if there is none.
+export PATH := $(PATH):/usr/local/go/bin:/usr/sbin:/sbin
+
+PACKAGES := ./...
+GUEST := out/guest
+GUEST_INPUTS := go.mod go.sum $(shell find deploy/guest cmd/vmagent agent -name '*.go' ! -name '*_test.go' 2>/dev/null)
+
+.PHONY: run test check build guest tools lint generate generate-check unit system critest bench install-deps clean help
+
+run: install-deps build guest node-tools ## bring up a private node and run a normal pod and a VM pod (KEEP=1 leaves it up)
+	go run ./test/cmd/node $(if $(KEEP),-keep)
+
+test: install-deps ## everything: lint, unit, golden, node, VM and critest (root, under 40 minutes)
+	$(MAKE) build guest tools
+	$(MAKE) generate-check lint
+	$(MAKE) unit
+	$(MAKE) system
+	$(MAKE) critest
+
+check: lint ## lint, unit and golden tests (under 2 minutes, no root)
+	go test -short $(PACKAGES)
+
+build: ## the programs, in bin/
+	go build -trimpath -o bin/vmruntime ./cmd/vmruntime
+	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o bin/vmagent ./cmd/vmagent
+
+guest: $(GUEST)/manifest.json ## the guest's kernel and initramfs, in out/guest
+
+$(GUEST)/manifest.json: $(GUEST_INPUTS)
+	go run ./deploy/guest -o $(GUEST)
+	@touch $@
+
+tools: ## containerd, runc, CNI plugins, critest and the linter at their pinned versions, in the cache
+	go run ./test/tools/build
+
+.PHONY: node-tools
+node-tools:
+	go run ./test/tools/build containerd runc cni cri-tools
+
+lint: ## vet, format and golangci-lint
+	go vet $(PACKAGES)
+	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$unformatted" ] || { echo "not formatted: $$unformatted"; exit 1; }
+	$$(go run ./test/tools/build golangci-lint)/golangci-lint run $(PACKAGES)
+
+generate: ## code of the agent's protocol, and files made from the configuration
+	mkdir -p out/generate
+	go build -o out/generate/ google.golang.org/protobuf/cmd/protoc-gen-go github.com/containerd/ttrpc/cmd/protoc-gen-go-ttrpc
+	cd agent/agentpb && PATH=$(CURDIR)/out/generate:$$PATH protoc -I . \
+		--go_out=. --go_opt=paths=source_relative --go-ttrpc_out=. --go-ttrpc_opt=paths=source_relative agent.proto
+	go test ./runtime -run TestConfigFiles -update -count=1
+
+# Fails when a generated file is not what its source makes.
+generate-check: generate
+	git diff --exit-code -- agent/agentpb docs/configuration.md deploy/vmruntime.toml
+
+unit: ## unit and golden tests, with the race detector
+	go test -race -short -timeout 10m $(PACKAGES)
+
+system: ## tests that need root, a node or a VM
+	go test -timeout 25m -p 1 $(PACKAGES)
+
+critest: build guest node-tools ## the CRI's conformance suite on containerd, the default handler and the handler vm
+	go run ./test/cmd/critest
+
+bench: build guest node-tools ## measure, print a table and write out/bench.json
+	go run ./test/cmd/bench -o out/bench.json
+
+install-deps: ## install what is needed, on Debian 12 as root
+	test/tools/install-deps.sh
+
+clean: ## remove what was built; the cache of tools stays
+	rm -rf bin out
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
