@@ -17,6 +17,8 @@ func (rt *Runtime) Status(ctx context.Context, req *runtimeapi.StatusRequest) (*
 			condition(runtimeapi.RuntimeReady, "VMRuntimeNotReady", rt.runnable()),
 			condition(runtimeapi.NetworkReady, "NetworkPluginNotReady", rt.net.Ready(ctx)),
 		}},
+		// A node has a feature only if both its runtimes do.
+		Features: &runtimeapi.RuntimeFeatures{SupplementalGroupsPolicy: true},
 	}
 	for _, h := range rt.cfg.VM.Handlers {
 		resp.RuntimeHandlers = append(resp.RuntimeHandlers, &runtimeapi.RuntimeHandler{
