@@ -71,7 +71,7 @@ critest: build guest node-tools ## the CRI's conformance suite on containerd, th
 	go run ./test/cmd/critest
 
 bench: build guest node-tools ## measure, print a table and write out/bench.json
-	go run ./test/cmd/bench -o out/bench.json
+	go run ./test/bench -o out/bench.json
 
 install-deps: ## install what is needed, on Debian 12 as root
 	test/tools/install-deps.sh
