@@ -49,8 +49,6 @@ const (
 	terminationPathAnnotation = "io.kubernetes.container.terminationMessagePath"
 	// maxPushedBytes bounds a tree that the agent pushes; larger ones go through virtiofs.
 	maxPushedBytes = 2 << 20
-	// maxTerminationMessage is what the kubelet reads of a termination message.
-	maxTerminationMessage = 4096
 )
 
 // projection matches the kubelet's directories of volumes that it projects from API objects.

@@ -235,7 +235,7 @@ func writeBackFile(ctx context.Context, g *guest, m resolvedMount) error {
 		return err
 	}
 	path := filepath.Join(m.Name, "file")
-	resp, err := client.GetFile(ctx, &agentpb.GetFileRequest{Path: path, MaxBytes: maxTerminationMessage})
+	resp, err := client.GetFile(ctx, &agentpb.GetFileRequest{Path: path})
 	if err != nil {
 		return fmt.Errorf("read %s in the guest: %w", path, err)
 	}

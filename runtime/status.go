@@ -18,7 +18,9 @@ func (rt *Runtime) Status(ctx context.Context, req *runtimeapi.StatusRequest) (*
 			condition(runtimeapi.NetworkReady, "NetworkPluginNotReady", rt.net.Ready(ctx)),
 		}},
 		// A node has a feature only if both its runtimes do.
-		Features: &runtimeapi.RuntimeFeatures{SupplementalGroupsPolicy: true},
+		// A promise for every pod of the node. User namespaces with the host network are containerd's alone: VM pods are
+		// refused both, as their handler's features say.
+		Features: &runtimeapi.RuntimeFeatures{SupplementalGroupsPolicy: true, MountOptions: true, UserNamespacesHostNetwork: true},
 	}
 	for _, h := range rt.cfg.VM.Handlers {
 		resp.RuntimeHandlers = append(resp.RuntimeHandlers, &runtimeapi.RuntimeHandler{

@@ -48,7 +48,8 @@ func (c *container) exec(ctx context.Context, cmd []string, streams execIO) (int
 		return 0, err
 	}
 	ref := &agentpb.ProcessRef{ContainerId: c.id, ExecId: newID()[:16]}
-	defer c.removeExec(g, ref)
+	// Not waited for: the answer need not wait until the guest has forgotten the command.
+	defer g.owned.Go(func() { c.removeExec(g, ref) })
 	_, err = client.Exec(ctx, &agentpb.ExecRequest{
 		ContainerId: c.id, ExecId: ref.GetExecId(), Process: process, Stdin: streams.stdin != nil,
 	})
