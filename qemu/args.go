@@ -79,7 +79,7 @@ func (m Machine) machineType() string {
 	if m.Arch == ArchARM64 {
 		return "virt,memory-backend=mem,gic-version=max"
 	}
-	return "q35,memory-backend=mem,vmport=off,smbus=off,sata=off,graphics=off"
+	return "q35,memory-backend=mem,vmport=off,smbus=off,sata=off"
 }
 
 func (m Machine) accel() string {

@@ -77,7 +77,7 @@ func (v *VM) RemoveDisk(ctx context.Context, serial string) error {
 	return v.dropNode(ctx, d.id())
 }
 
-// unplug removes a device and waits for the guest's consent.
+// unplug removes a device and waits until QEMU says that it is deleted: only then it has let go of its block node.
 func (v *VM) unplug(ctx context.Context, id string) error {
 	ctx, cancel := context.WithTimeout(ctx, commandTimeout)
 	defer cancel()
@@ -85,18 +85,10 @@ func (v *VM) unplug(ctx context.Context, id string) error {
 	if err != nil {
 		return err
 	}
-	if err := v.mon.Execute(ctx, "device_del", props{"id": id}, nil); err != nil && !errdefs.IsNotFound(err) {
+	if err := v.mon.Execute(ctx, "device_del", props{"id": id}, nil); err != nil {
 		return err
 	}
-	for {
-		there, err := v.hasDevice(ctx, id)
-		if err != nil || !there {
-			return err
-		}
-		if err := deleted(ctx, events, id); err != nil {
-			return err
-		}
-	}
+	return deleted(ctx, events, id)
 }
 
 func deleted(ctx context.Context, events <-chan qmp.Event, id string) error {
@@ -235,7 +227,7 @@ func (v *VM) passConnection(ctx context.Context, path, name string) error {
 }
 
 func (v *VM) dropChardev(ctx context.Context, id string) error {
-	there, err := v.has(ctx, "query-chardev", nil, id)
+	there, err := v.has(ctx, "query-chardev", props{}, id)
 	if err != nil || !there {
 		return err
 	}

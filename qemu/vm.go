@@ -55,7 +55,7 @@ func (e *ExitError) Error() string {
 		fmt.Fprintf(&b, "; QEMU said: %s", lastLines(e.Stderr))
 	}
 	if e.Console != "" {
-		fmt.Fprintf(&b, "; the console ends with: %s", lastLines(e.Console))
+		fmt.Fprintf(&b, "; the console says: %s", lastWords(e.Console))
 	}
 	return b.String()
 }
@@ -68,10 +68,24 @@ func (e *ExitError) Is(target error) bool {
 	return target == errdefs.ErrUnavailable
 }
 
-// lastLines is the part of a long text that fits into a message.
+// lastWords is why a kernel panicked, or else the end of the console.
+func lastWords(console string) string {
+	if _, panicked, found := strings.Cut(console, "Kernel panic - not syncing: "); found {
+		line, _, _ := strings.Cut(panicked, "\n")
+		return "Kernel panic - not syncing: " + lastLines(line)
+	}
+	return lastLines(console)
+}
+
+// lastLines is the part of a long text that fits into a message, without control characters but new lines.
 func lastLines(s string) string {
-	s = strings.TrimSpace(s)
-	const most = 1024
+	s = strings.TrimSpace(strings.Map(func(r rune) rune {
+		if r < ' ' && r != '\n' {
+			return -1
+		}
+		return r
+	}, s))
+	const most = 512
 	if len(s) > most {
 		s = "..." + strings.ToValidUTF8(s[len(s)-most:], "")
 	}

@@ -1,0 +1,142 @@
+// Command guest is PID 1 of the tests' guests: it does what the lines on the agent's port say.
+package main
+
+import (
+	"bufio"
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+func main() {
+	if err := run(); err != nil {
+		fmt.Println("guest:", err)
+		time.Sleep(time.Hour)
+	}
+}
+
+func run() error {
+	for _, m := range []struct{ fs, dir string }{{"devtmpfs", "/dev"}, {"proc", "/proc"}, {"sysfs", "/sys"}} {
+		if err := os.MkdirAll(m.dir, 0o755); err != nil {
+			return err
+		}
+		if err := unix.Mount(m.fs, m.dir, m.fs, 0, ""); err != nil && err != unix.EBUSY {
+			return err
+		}
+	}
+	var modules struct {
+		Boot []string            `json:"boot"`
+		Lazy map[string][]string `json:"lazy"`
+	}
+	data, err := os.ReadFile("/etc/vmagent/modules.json")
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(data, &modules); err != nil {
+		return err
+	}
+	for _, m := range append(modules.Boot, modules.Lazy["virtiofs"]...) {
+		if err := load(m); err != nil {
+			return fmt.Errorf("%s: %w", m, err)
+		}
+	}
+	var port *os.File
+	for port == nil {
+		if ports, _ := filepath.Glob("/dev/vport*"); len(ports) > 0 {
+			port, err = os.OpenFile(ports[0], os.O_RDWR, 0)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	fmt.Println("guest: ready")
+	return serve(port)
+}
+
+func load(name string) error {
+	f, err := os.Open("/lib/modules/" + name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := unix.FinitModule(int(f.Fd()), "", 0); err != nil && err != unix.EEXIST {
+		return err
+	}
+	return nil
+}
+
+func serve(port *os.File) error {
+	in := bufio.NewReader(port)
+	for {
+		line, err := in.ReadString('\n')
+		if err != nil && line == "" {
+			time.Sleep(10 * time.Millisecond) // nobody is connected
+			continue
+		}
+		answer, err := do(strings.Fields(line))
+		if err != nil {
+			answer = "error: " + err.Error()
+		}
+		if _, err := fmt.Fprintf(port, "%q\n", answer); err != nil {
+			return err
+		}
+	}
+}
+
+func do(words []string) (string, error) {
+	switch words[0] {
+	case "head": // head FILE
+		f, err := os.Open(words[1])
+		if err != nil {
+			return "", err
+		}
+		defer f.Close()
+		data := make([]byte, 64)
+		n, err := f.Read(data)
+		return string(data[:n]), err
+	case "write": // write FILE TEXT
+		return "", os.WriteFile(words[1], []byte(words[2]), 0o644)
+	case "mount": // mount TAG DIR
+		if err := os.MkdirAll(words[2], 0o755); err != nil {
+			return "", err
+		}
+		return "", unix.Mount(words[1], words[2], "virtiofs", 0, "")
+	case "disks":
+		return disks()
+	case "flood":
+		for range 20000 {
+			fmt.Println(strings.Repeat("x", 70))
+		}
+		return "", nil
+	case "poweroff":
+		return "", unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
+	case "panic":
+		return "", os.WriteFile("/proc/sysrq-trigger", []byte("c"), 0)
+	}
+	return "", fmt.Errorf("unknown command %q", words)
+}
+
+// disks tells name, serial and the read-only flag of each SCSI disk.
+func disks() (string, error) {
+	pages, err := filepath.Glob("/sys/block/sd*/device/vpd_pg80")
+	if err != nil {
+		return "", err
+	}
+	var out []string
+	for _, p := range pages {
+		page, err := os.ReadFile(p)
+		if err != nil {
+			return "", err
+		}
+		dir := filepath.Dir(filepath.Dir(p))
+		ro, err := os.ReadFile(filepath.Join(dir, "ro"))
+		if err != nil {
+			return "", err
+		}
+		out = append(out, fmt.Sprintf("%s=%s,ro=%s", page[4:], filepath.Base(dir), strings.TrimSpace(string(ro))))
+	}
+	return strings.Join(out, " "), nil
+}
