@@ -60,7 +60,11 @@ func (n *Node) resources(ctx context.Context) (resources, error) {
 		r.addFiles("network namespace", n.path("containerd", "state", "io.containerd.cri.v1.runtime", "netns")),
 		r.addFiles("pod directory", n.path("vmruntime", "root", "pods")),
 		r.addFiles("container directory", n.path("vmruntime", "root", "containers")),
-		r.addFiles("scratch disk", n.path("vmruntime", "root", "scratch")),
+		r.addFiles("scratch disk", n.path("vmruntime", "root", "images", "scratch")),
+		r.addFiles("image owner", n.path("vmruntime", "root", "images", "owners")),
+		r.addFiles("log record", n.path("vmruntime", "root", "logs")),
+		r.addFiles("run directory", n.path("run", "s", "pods")),
+		r.addFiles("network namespace", n.path("run", "s", "netns")),
 		r.addDescriptors(n.VMRuntimePID(), n.Root),
 		r.addProcesses(n.Root, n.containerd.pid(), n.VMRuntimePID()),
 	)

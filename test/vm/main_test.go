@@ -48,14 +48,19 @@ func TestMain(m *testing.M) {
 
 func run(m *testing.M) (code int) {
 	if noBed = reasonForNoBed(); noBed == "" {
-		b, err := newBed()
+		dir, err := os.MkdirTemp("", "v-") // short: sockets lie below it
 		if err != nil {
-			fmt.Fprintln(os.Stderr, "the node does not come up:", err)
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		b, err := newBed(dir)
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "the node does not come up:", errors.Join(err, os.RemoveAll(dir)))
 			return 1
 		}
 		theBed = b
 		defer func() {
-			if err := errors.Join(b.conn.Close(), b.Stop(), goleak.Find()); err != nil {
+			if err := errors.Join(b.conn.Close(), b.Stop(), os.RemoveAll(dir), goleak.Find()); err != nil {
 				fmt.Fprintln(os.Stderr, "after all tests:", err)
 				code = 1
 			}
@@ -78,22 +83,18 @@ func reasonForNoBed() string {
 	return ""
 }
 
-func newBed() (*bed, error) {
+func newBed(dir string) (*bed, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
 	defer cancel()
 	guest, err := filepath.Abs(guestDir)
 	if err != nil {
 		return nil, err
 	}
-	root, err := os.MkdirTemp("", "vmr-vm-")
-	if err != nil {
-		return nil, err
-	}
-	binary := filepath.Join(root, "vmruntime")
+	binary := filepath.Join(dir, "bin", "vmruntime")
 	if out, err := exec.CommandContext(ctx, "go", "build", "-o", binary, "../../cmd/vmruntime").CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("build vmruntime: %w\n%s", err, out)
 	}
-	n, err := node.Start(ctx, node.Options{Root: root, VMRuntime: binary, GuestDir: guest, LogLevel: "debug"})
+	n, err := node.Start(ctx, node.Options{Root: dir, VMRuntime: binary, GuestDir: guest, LogLevel: "debug"})
 	if err != nil {
 		return nil, err
 	}

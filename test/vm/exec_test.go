@@ -1,0 +1,238 @@
+package vm_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/creack/pty"
+	"google.golang.org/grpc/codes"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/vmruntime/vmruntime/test/images"
+)
+
+func TestExecSync(t *testing.T) {
+	ctx, b := use(t)
+	p := b.vmPod(ctx, t)
+	c := p.start(idle("c"))
+	resp, err := c.execSync(30, "sh", "-c", "echo out; echo err >&2; exit 7")
+	if err != nil || string(resp.GetStdout()) != "out\n" || string(resp.GetStderr()) != "err\n" || resp.GetExitCode() != 7 {
+		t.Errorf("ExecSync: %v, %v, want out, err and 7", resp, err)
+	}
+	if _, err := c.execSync(30, "/no/such/program"); err == nil || !strings.Contains(err.Error(), "/no/such/program") {
+		t.Errorf("ExecSync of a missing program: %v, want an error that names it", err)
+	}
+	if out := c.sh("head -c 3000000 /dev/zero | tr '\\0' x"); len(out) != 3000000 || strings.Trim(out, "x") != "" {
+		t.Errorf("3000000 bytes of output are %d", len(out))
+	}
+
+	// A command that does not end in time is killed with all that it started.
+	began := time.Now()
+	_, err = c.execSync(2, "sh", "-c", "sleep 7777 & sleep 8888")
+	refused(t, err, codes.DeadlineExceeded, "timeout of 2 s")
+	if took := time.Since(began); took < 2*time.Second || took > 15*time.Second {
+		t.Errorf("the timeout of 2 s took %s", took)
+	}
+	c.until("the guest has ended what was timed out", func() bool {
+		return !strings.Contains(c.sh("ps -o args"), "sleep 7777") && !strings.Contains(c.sh("ps -o args"), "sleep 8888")
+	})
+
+	// A client that goes away leaves nothing either.
+	gone, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	_, err = b.rt.ExecSync(gone, &runtimeapi.ExecSyncRequest{ContainerId: c.id, Cmd: []string{"sleep", "9999"}})
+	refused(t, err, codes.DeadlineExceeded)
+	c.until("the guest has ended what was given up", func() bool { return !strings.Contains(c.sh("ps -o args"), "sleep 9999") })
+	if !c.running() {
+		t.Error("the container did not outlive its execs")
+	}
+}
+
+// crictl is a command of crictl that speaks to the node; exec, attach and port-forward are its own clients.
+func (p *pod) crictl(args ...string) *exec.Cmd {
+	return p.Command(p.ctx, p.Tool("cri-tools", "crictl"), append(p.CrictlFlags(), args...)...)
+}
+
+func TestExecStreams(t *testing.T) {
+	ctx, b := use(t)
+	p := b.vmPod(ctx, t)
+	c := p.start(idle("c"))
+	data := bytes.Repeat([]byte("0123456789abcdef"), 1<<16) // 1 MiB
+	for _, transport := range []string{"spdy", "websocket"} {
+		cmd := p.crictl("exec", "--transport", transport, "-i", c.id, "sh", "-c", "sha256sum; echo problem >&2")
+		var stdout, stderr bytes.Buffer
+		cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(data), &stdout, &stderr
+		err := cmd.Run()
+		sum := sha256.Sum256(data)
+		if err != nil || stdout.String() != hex.EncodeToString(sum[:])+"  -\n" || stderr.String() != "problem\n" {
+			t.Errorf("%s: 1 MiB of standard input: %v, stdout %q, stderr %q", transport, err, &stdout, &stderr)
+		}
+		cmd = p.crictl("exec", "--transport", transport, c.id, "cat", "/bin/busybox")
+		out, err := cmd.Output()
+		if want := c.sh("sha256sum /bin/busybox"); err != nil || fmt.Sprintf("%x  /bin/busybox\n", sha256.Sum256(out)) != want {
+			t.Errorf("%s: %d bytes of standard output: %v, they differ", transport, len(out), err)
+		}
+		if out, err := p.crictl("exec", "--transport", transport, c.id, "sh", "-c", "exit 9").CombinedOutput(); err == nil || !strings.Contains(string(out), "exit code 9") {
+			t.Errorf("%s: exit code 9: %v, %q", transport, err, out)
+		}
+	}
+}
+
+// A terminal has the client's size, follows it, and ends with the shell.
+func TestExecTerminal(t *testing.T) {
+	ctx, b := use(t)
+	p := b.vmPod(ctx, t)
+	c := p.start(idle("c"))
+	cmd := p.crictl("exec", "-i", "-t", c.id, "sh")
+	master, err := pty.StartWithSize(cmd, &pty.Winsize{Rows: 33, Cols: 101})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer master.Close()
+	screen := newScreen(master)
+	defer screen.close()
+	say := func(line, want string) {
+		t.Helper()
+		if _, err := io.WriteString(master, line+"\n"); err != nil {
+			t.Fatal(err)
+		}
+		until(ctx, t, fmt.Sprintf("the terminal shows %q after %q", want, line), func() bool { return strings.Contains(screen.text(), want) })
+	}
+	say("echo size $(stty size)", "size 33 101")
+	say("test -t 0 && test -t 1 && echo all $((6*7)) terminals", "all 42 terminals")
+	if err := pty.Setsize(master, &pty.Winsize{Rows: 44, Cols: 77}); err != nil {
+		t.Fatal(err)
+	}
+	until(ctx, t, "the terminal has the new size", func() bool {
+		if _, err := io.WriteString(master, "echo now $(stty size)\n"); err != nil {
+			t.Fatal(err)
+		}
+		return strings.Contains(screen.text(), "now 44 77")
+	})
+	if _, err := io.WriteString(master, "exit\n"); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("crictl exec -it: %v\n%s", err, screen.text())
+	}
+}
+
+// screen collects what a terminal shows.
+type screen struct {
+	file *os.File
+	out  chan []byte
+	seen []byte
+}
+
+func newScreen(f *os.File) *screen {
+	s := &screen{file: f, out: make(chan []byte)}
+	go func() {
+		defer close(s.out)
+		for {
+			buf := make([]byte, 4096)
+			n, err := f.Read(buf)
+			if err != nil {
+				return // EIO: the other end is closed
+			}
+			s.out <- buf[:n]
+		}
+	}()
+	return s
+}
+
+func (s *screen) text() string {
+	for {
+		select {
+		case b, ok := <-s.out:
+			if !ok {
+				return string(s.seen)
+			}
+			s.seen = append(s.seen, b...)
+		default:
+			return string(s.seen)
+		}
+	}
+}
+
+func (s *screen) close() {
+	_ = s.file.Close()
+	for range s.out {
+	}
+}
+
+// Attach joins the container's own streams; with stdin once, their end is the container's.
+func TestAttach(t *testing.T) {
+	ctx, b := use(t)
+	p := b.vmPod(ctx, t)
+	c := p.start(with(shell("c", "echo ready; while read line; do echo \"heard $line\"; echo \"warned $line\" >&2; done; echo end"), func(c *runtimeapi.ContainerConfig) {
+		c.Stdin, c.StdinOnce = true, true
+	})).ready("ready")
+	cmd := p.crictl("attach", "-i", c.id)
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.WriteString(stdin, "one\ntwo\n"); err != nil {
+		t.Fatal(err)
+	}
+	c.ready("heard two")
+	if err := stdin.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); err != nil || stdout.String() != "heard one\nheard two\nend\n" || stderr.String() != "warned one\nwarned two\n" {
+		t.Errorf("crictl attach: %v, stdout %q, stderr %q", err, &stdout, &stderr)
+	}
+	if s := c.wait(); s.GetExitCode() != 0 {
+		t.Errorf("exit code %d when standard input has ended, want 0", s.GetExitCode())
+	}
+	if got := c.text(); got != "ready\nheard one\nheard two\nend\n" {
+		t.Errorf("the log has %q beside the attached client", got)
+	}
+}
+
+// Port-forward reaches what listens on the guest's loopback address alone.
+func TestPortForward(t *testing.T) {
+	ctx, b := use(t)
+	p := b.vmPod(ctx, t)
+	server := p.start(with(of("server", images.Server), func(c *runtimeapi.ContainerConfig) { c.Args = []string{"127.0.0.1:8080"} }))
+	p.until("the server listens", func() bool {
+		data, _ := os.ReadFile(server.logFile())
+		return strings.Contains(string(data), "listening")
+	})
+	if out, err := b.fetch(ctx, "http://"+hostPort(p.ip(), 8080)+"/"); err == nil {
+		t.Errorf("the pod's address answers %q on a port of its loopback address", out)
+	}
+	cmd := p.crictl("port-forward", p.id, "18080:8080")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		_ = cmd.Process.Kill() // by its ID: it serves until then
+		_ = cmd.Wait()
+	}()
+	want := "hello from " + p.cfg.GetMetadata().GetName() + "\n"
+	p.until("the forwarded port answers", func() bool {
+		out, err := b.fetch(ctx, "http://127.0.0.1:18080/")
+		return err == nil && out == want
+	})
+	body := strings.Repeat("forwarded ", 50000)
+	if got, err := b.post(ctx, "http://127.0.0.1:18080/echo", body); err != nil || got != body {
+		t.Errorf("%d bytes to /echo come back as %d, %v", len(body), len(got), err)
+	}
+}
