@@ -3,6 +3,7 @@ package qemu
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"strconv"
 )
 
@@ -120,9 +121,7 @@ func (m Machine) devices(fds Descriptors) []option {
 // pciDevice is a virtio device of the current standard on the root bus.
 func pciDevice(driver, id string, more props) props {
 	p := props{"driver": driver, "id": id, "bus": "pcie.0", "disable-legacy": "on"}
-	for k, v := range more {
-		p[k] = v
-	}
+	maps.Copy(p, more)
 	return p
 }
 

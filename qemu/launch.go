@@ -174,7 +174,7 @@ func (c *confinement) devices() error {
 		if err := unix.Stat("/dev/kvm", &st); err != nil {
 			return fmt.Errorf("/dev/kvm: %w", err)
 		}
-		devices = append(devices, device{"kvm", unix.Major(uint64(st.Rdev)), unix.Minor(uint64(st.Rdev))})
+		devices = append(devices, device{"kvm", unix.Major(st.Rdev), unix.Minor(st.Rdev)})
 	}
 	for _, d := range devices {
 		path := filepath.Join(dir, d.name)

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -231,10 +232,8 @@ func (g *guest) alive() bool {
 func (g *guest) plugDisk(ctx context.Context, d imageDisk) error {
 	g.plug.Lock()
 	defer g.plug.Unlock()
-	for _, serial := range g.pod.rec.Status().Guest.Disks {
-		if serial == d.Serial {
-			return nil
-		}
+	if slices.Contains(g.pod.rec.Status().Guest.Disks, d.Serial) {
+		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, plugTimeout)
 	defer cancel()

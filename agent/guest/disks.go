@@ -35,7 +35,7 @@ func findDisk(ctx context.Context, serial string) (string, error) {
 		return err == nil, nil
 	})
 	if err != nil {
-		return "", fmt.Errorf("disk %q: no such serial among the guest's disks: %v: %w", serial, err, errdefs.ErrNotFound)
+		return "", fmt.Errorf("disk %q: no such serial among the guest's disks: %w: %w", serial, err, errdefs.ErrNotFound)
 	}
 	return dev, nil
 }

@@ -104,7 +104,7 @@ func findLink(ctx context.Context, mac net.HardwareAddr) (netlink.Link, error) {
 		return false, err
 	})
 	if err != nil {
-		return nil, fmt.Errorf("no device with hardware address %s: %v: %w", mac, err, errdefs.ErrNotFound)
+		return nil, fmt.Errorf("no device with hardware address %s: %w: %w", mac, err, errdefs.ErrNotFound)
 	}
 	return found, nil
 }

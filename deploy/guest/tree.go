@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os/exec"
 	"path"
 	"strings"
@@ -24,9 +25,7 @@ type treeFile struct {
 }
 
 func (t fileTree) add(other fileTree) {
-	for name, f := range other {
-		t[name] = f
-	}
+	maps.Copy(t, other)
 }
 
 // unpack reads a package's files and symbolic links into memory.
