@@ -6,8 +6,8 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
-# Behind what is on PATH, where install-deps puts Go if there is none.
-export PATH := $(PATH):/usr/local/go/bin:/usr/sbin:/sbin
+# /usr/local/go is where install-deps puts Go if there is none, or too old a one.
+export PATH := /usr/local/go/bin:$(PATH):/usr/sbin:/sbin
 
 PACKAGES := ./...
 GUEST := out/guest

@@ -7,7 +7,7 @@
 set -eu
 
 version=$(sed -n 's/^go //p' "$(dirname "$0")/../../go.mod")
-PATH=$PATH:/usr/local/go/bin
+PATH=/usr/local/go/bin:$PATH
 if command -v go >/dev/null && GOTOOLCHAIN=local go version | grep -Eq 'go1\.(2[1-9]|[3-9][0-9])'; then
 	exit 0
 fi
