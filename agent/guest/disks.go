@@ -31,8 +31,11 @@ func findDisk(ctx context.Context, serial string) (string, error) {
 		if err != nil || dev == "" {
 			return false, err
 		}
-		_, err = os.Stat(dev)
-		return err == nil, nil
+		f, err := os.Open(dev) // sysfs tells of a disk a moment before it can be used
+		if err != nil {
+			return false, nil
+		}
+		return true, f.Close()
 	})
 	if err != nil {
 		return "", fmt.Errorf("disk %q: no such serial among the guest's disks: %w: %w", serial, err, errdefs.ErrNotFound)

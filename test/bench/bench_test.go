@@ -58,11 +58,13 @@ VmFlags: rd wr
 Pss:                 300 kB
 7f0014001000-7f0014002000 rw-p 00000000 00:00 0
 Pss:                  24 kB
+7f0016000000-7f001e000000 rwxp 00000000 00:00 0
+Pss:               60000 kB
 `))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if want := (mapped{total: 100324 << 10, guest: 100000 << 10}); m != want {
+	if want := (mapped{total: 160324 << 10, guest: 100000 << 10, code: 60000 << 10}); m != want {
 		t.Errorf("readMaps = %+v, want %+v", m, want)
 	}
 	if _, err := readMaps(strings.NewReader("Pss: many kB\n")); err == nil {

@@ -34,10 +34,7 @@ func (b *bench) storedPods(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := b.restart(ctx, nil); err != nil {
-		return err
-	}
-	empty, err := b.daemonRSS()
+	empty, err := b.freshDaemon(ctx, nil)
 	if err != nil {
 		return err
 	}
@@ -45,7 +42,7 @@ func (b *bench) storedPods(ctx context.Context) (err error) {
 	defer func() {
 		err = errors.Join(err, b.restart(context.WithoutCancel(ctx), func() error { return removeDirs(written) }))
 	}()
-	if err := b.restart(ctx, func() error {
+	full, err := b.freshDaemon(ctx, func() error {
 		for i := range b.stored {
 			dirs, err := b.clone(podRecord, containerRecord, i)
 			written = append(written, dirs...)
@@ -54,10 +51,7 @@ func (b *bench) storedPods(ctx context.Context) (err error) {
 			}
 		}
 		return nil
-	}); err != nil {
-		return err
-	}
-	full, err := b.daemonRSS()
+	})
 	if err != nil {
 		return err
 	}
