@@ -97,7 +97,7 @@ func (r resources) addMounts(root string) error {
 }
 
 // addCgroups adds the cgroups of the node's own parent, on every hierarchy, and
-// of containerd's default parent.
+// the node's of containerd's and vmruntime's default parents.
 func (r resources) addCgroups(n *Node) error {
 	hierarchies, err := filepath.Glob("/sys/fs/cgroup/*")
 	if err != nil {
@@ -105,13 +105,13 @@ func (r resources) addCgroups(n *Node) error {
 	}
 	for _, h := range append(hierarchies, "/sys/fs/cgroup") {
 		own := filepath.Join(h, n.CgroupParent())
-		for _, parent := range []string{own, filepath.Join(h, "k8s.io")} {
+		for _, parent := range []string{own, h, filepath.Join(h, "k8s.io")} {
 			entries, err := os.ReadDir(parent)
 			if err != nil {
 				continue // not a hierarchy, or nothing there
 			}
 			for _, e := range entries {
-				if e.IsDir() && (parent == own || n.hasContainer(e.Name())) {
+				if e.IsDir() && (parent == own || n.hasContainer(e.Name()) || n.hadPod(e.Name())) {
 					r["cgroup "+filepath.Join(parent, e.Name())] = true
 				}
 			}
@@ -129,6 +129,17 @@ func (n *Node) hasContainer(id string) bool {
 		}
 	}
 	return false
+}
+
+// hadPod tells whether a cgroup is that of a VM pod that the node's vmruntime
+// told of.
+func (n *Node) hadPod(cgroup string) bool {
+	id, ok := strings.CutPrefix(cgroup, "vmruntime-")
+	if !ok {
+		return false
+	}
+	log, err := os.ReadFile(n.LogFile("vmruntime"))
+	return err == nil && strings.Contains(string(log), id)
 }
 
 // removeCgroups removes the node's own parent, which is empty when all pods
