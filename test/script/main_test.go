@@ -1,0 +1,309 @@
+// Package script runs pods through the real daemon, launcher, network, image store and containerd with only QEMU
+// replaced, so that a pod's whole life takes a fraction of a second and every fault can be had at will. The test binary
+// is the QEMU: see fakeQEMU. Scripts lie in testdata; script_test.go says which commands they have.
+package script
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/registry"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/google/go-containerregistry/pkg/v1/tarball"
+	"github.com/pelletier/go-toml/v2"
+	"go.uber.org/goleak"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/vmruntime/vmruntime/test/node"
+)
+
+var update = flag.Bool("update", false, "rewrite the files that scripts compare with")
+
+// testImage is what all containers are of.
+const testImage = "vmruntime.test/tiny:1"
+
+// theBed is the node of all tests, or why there is none.
+var (
+	theBed *bed
+	noBed  string
+)
+
+func TestMain(m *testing.M) {
+	if isFakeQEMU(os.Args) {
+		os.Exit(runFakeQEMU(os.Args))
+	}
+	flag.Parse()
+	os.Exit(run(m))
+}
+
+func run(m *testing.M) (code int) {
+	if noBed = reasonForNoBed(); noBed == "" {
+		b, err := newBed()
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "the node does not come up:", err)
+			return 1
+		}
+		theBed = b
+		defer func() {
+			if err := errors.Join(b.close(), goleak.Find()); err != nil {
+				fmt.Fprintln(os.Stderr, "after all tests:", err)
+				code = 1
+			}
+		}()
+	}
+	return m.Run()
+}
+
+// reasonForNoBed says what a node needs that is not here.
+func reasonForNoBed() string {
+	switch {
+	case testing.Short():
+		return "needs root, containerd and network namespaces: run by make test"
+	case os.Geteuid() != 0:
+		return "needs root: a node makes namespaces, mounts and cgroups"
+	}
+	return ""
+}
+
+// bed is a node whose QEMU is this test's program.
+type bed struct {
+	*node.Node
+	control *controlServer
+	dir     string
+	config  []byte // vmruntime's configuration, as the node and we have made it
+}
+
+// Paths of the bed. The program lies where QEMU's would, and with what it needs beside it.
+func (b *bed) qemu() string       { return filepath.Join(b.dir, "qemu", "bin", "qemu-system-x86_64") }
+func (b *bed) guestDir() string   { return filepath.Join(b.dir, "guest") }
+func (b *bed) cniDir() string     { return filepath.Join(b.dir, "cni-bin") }
+func (b *bed) configFile() string { return filepath.Join(b.Root, "vmruntime", "vmruntime.toml") }
+func (b *bed) recordRoot() string { return filepath.Join(b.Root, "vmruntime", "root") }
+
+func newBed() (*bed, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	defer cancel()
+	dir, err := os.MkdirTemp("", "vmr-script-")
+	if err != nil {
+		return nil, err
+	}
+	b := &bed{dir: dir}
+	if err := b.makeFiles(ctx); err != nil {
+		return nil, errors.Join(err, os.RemoveAll(dir))
+	}
+	if b.control, err = listenControl(controlPath(b.qemu())); err != nil {
+		return nil, errors.Join(err, os.RemoveAll(dir))
+	}
+	if err := b.startNode(ctx); err != nil {
+		return nil, errors.Join(err, b.close())
+	}
+	return b, nil
+}
+
+func (b *bed) makeFiles(ctx context.Context) error {
+	for _, d := range []string{b.dir, b.guestDir(), b.cniDir(), filepath.Dir(b.qemu()), filepath.Dir(controlPath(b.qemu()))} {
+		if err := os.MkdirAll(d, 0o755); err != nil {
+			return err
+		}
+		if err := os.Chmod(d, 0o755); err != nil { // QEMU's own user passes through
+			return err
+		}
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	if err := copyFile(self, b.qemu()); err != nil {
+		return err
+	}
+	manifest := `{"kernel":"kernel","initramfs":"initramfs","cmdline":"console=ttyS0","arch":"x86_64","kernelRelease":"fake"}`
+	for name, text := range map[string]string{"manifest.json": manifest, "kernel": "", "initramfs": ""} {
+		if err := os.WriteFile(filepath.Join(b.guestDir(), name), []byte(text), 0o644); err != nil {
+			return err
+		}
+	}
+	cmd := exec.CommandContext(ctx, "go", "build", "-o", filepath.Join(b.dir, "vmruntime"), "../../cmd/vmruntime")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("build vmruntime: %w\n%s", err, out)
+	}
+	return nil
+}
+
+func copyFile(from, to string) error {
+	in, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	out, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o755)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(out, in)
+	return errors.Join(err, out.Close())
+}
+
+// startNode brings the node up, and vmruntime on it once more with the fake as its QEMU.
+func (b *bed) startNode(ctx context.Context) error {
+	handler, err := tinyRegistry()
+	if err != nil {
+		return err
+	}
+	b.Node, err = node.Start(ctx, node.Options{
+		Registry:  handler,
+		VMRuntime: filepath.Join(b.dir, "vmruntime"), GuestDir: b.guestDir(), LogLevel: "debug",
+	})
+	if err != nil {
+		return err
+	}
+	if err := b.linkPlugins(); err != nil {
+		return err
+	}
+	base, err := os.ReadFile(b.configFile())
+	if err != nil {
+		return err
+	}
+	b.config, err = setKeys(base, map[string]map[string]any{
+		"qemu": {"binary": b.qemu(), "uid_base": 300000}, "network": {"bin_dirs": []string{b.cniDir()}},
+		"vm": {"scratch_size": "16MiB"},
+	})
+	if err != nil {
+		return err
+	}
+	if err := b.StopVMRuntime(); err != nil {
+		return err
+	}
+	return b.pull(ctx)
+}
+
+// linkPlugins makes a directory of CNI plugins of which a script may break one.
+func (b *bed) linkPlugins() error {
+	for _, p := range []string{"bridge", "host-local", "portmap", "bandwidth", "firewall", "loopback"} {
+		link := filepath.Join(b.cniDir(), p)
+		_ = os.Remove(link) // may be missing, or broken by a script
+		if err := os.Symlink(b.Tool("cni", p), link); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// setKeys sets keys of a TOML file.
+func setKeys(text []byte, sections map[string]map[string]any) ([]byte, error) {
+	all := make(map[string]map[string]any)
+	if err := toml.Unmarshal(text, &all); err != nil {
+		return nil, err
+	}
+	for section, keys := range sections {
+		if all[section] == nil {
+			all[section] = make(map[string]any)
+		}
+		for k, v := range keys {
+			all[section][k] = v
+		}
+	}
+	return toml.Marshal(all)
+}
+
+func (b *bed) pull(ctx context.Context) error {
+	conn, err := grpc.NewClient("unix://"+b.ContainerdSocket(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	_, err = runtimeapi.NewImageServiceClient(conn).PullImage(ctx, &runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: testImage}})
+	if err != nil {
+		return fmt.Errorf("pull %s: %w", testImage, err)
+	}
+	return nil
+}
+
+func (b *bed) close() error {
+	var errs []error
+	if b.Node != nil {
+		errs = append(errs, b.Stop())
+	}
+	return errors.Join(append(errs, b.control.close(), os.RemoveAll(b.dir))...)
+}
+
+// tinyRegistry serves the one image.
+func tinyRegistry() (http.Handler, error) {
+	img, err := tinyImage()
+	if err != nil {
+		return nil, err
+	}
+	tag, err := name.NewTag(testImage)
+	if err != nil {
+		return nil, err
+	}
+	h := registry.New(registry.Logger(log.New(io.Discard, "", 0)))
+	return h, remote.Write(tag, img, remote.WithTransport(inProcess{h}))
+}
+
+func tinyImage() (v1.Image, error) {
+	var layer bytes.Buffer
+	w := tar.NewWriter(&layer)
+	const passwd = "root:x:0:0::/:/bin/sh\n"
+	if err := w.WriteHeader(&tar.Header{Name: "etc/passwd", Mode: 0o644, Size: int64(len(passwd))}); err != nil {
+		return nil, err
+	}
+	if _, err := w.Write([]byte(passwd)); err != nil {
+		return nil, err
+	}
+	if err := w.Close(); err != nil {
+		return nil, err
+	}
+	l, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(layer.Bytes())), nil })
+	if err != nil {
+		return nil, err
+	}
+	img, err := mutate.AppendLayers(empty.Image, l)
+	if err != nil {
+		return nil, err
+	}
+	return mutate.ConfigFile(img, &v1.ConfigFile{
+		Architecture: "amd64", OS: "linux", Config: v1.Config{Cmd: []string{"wait"}},
+		RootFS: v1.RootFS{Type: "layers", DiffIDs: diffIDs(l)},
+	})
+}
+
+func diffIDs(l v1.Layer) []v1.Hash {
+	h, err := l.DiffID()
+	if err != nil {
+		return nil // ConfigFile then makes an image that cannot be pulled
+	}
+	return []v1.Hash{h}
+}
+
+// inProcess hands requests to a handler in this process.
+type inProcess struct{ http.Handler }
+
+func (t inProcess) RoundTrip(r *http.Request) (*http.Response, error) {
+	if r.Body == nil {
+		r.Body = http.NoBody
+	}
+	w := httptest.NewRecorder()
+	t.ServeHTTP(w, r)
+	resp := w.Result()
+	resp.Request = r
+	return resp, nil
+}
