@@ -34,6 +34,22 @@ func killCgroup(dir string) error {
 	return err
 }
 
+// adopt moves the processes of a cgroup, and what they start meanwhile, to another.
+func adopt(to, from string) error {
+	for {
+		pids, err := cgroupProcs(from)
+		if err != nil || len(pids) == 0 {
+			return err
+		}
+		for _, pid := range pids {
+			err := os.WriteFile(filepath.Join(to, "cgroup.procs"), []byte(strconv.Itoa(pid)), 0)
+			if err != nil && !errors.Is(err, unix.ESRCH) {
+				return fmt.Errorf("move process %d to cgroup %s: %w", pid, to, err)
+			}
+		}
+	}
+}
+
 // removeCgroup kills and removes a cgroup with those below it.
 func removeCgroup(ctx context.Context, dir string) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)

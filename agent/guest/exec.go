@@ -142,7 +142,8 @@ func (s *Server) startExec(ctx context.Context, c *container, p *process, spec *
 	})
 }
 
-// RemoveExec kills what is left of an exec and forgets it.
+// RemoveExec forgets an exec. One that still runs is killed with its children; the children of one that ended by itself
+// are the container's from then on.
 func (s *Server) RemoveExec(ctx context.Context, ref *agentpb.ProcessRef) (*agentpb.Empty, error) {
 	if err := checkID("exec_id", ref.ExecId); err != nil {
 		return nil, err
@@ -153,10 +154,13 @@ func (s *Server) RemoveExec(ctx context.Context, ref *agentpb.ProcessRef) (*agen
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
 	defer cancel()
-	if !p.state().Exited {
-		if err := s.killExec(ctx, c, p); err != nil {
-			return nil, err
-		}
+	if p.state().Exited {
+		err = adopt(c.cgroup, c.execCgroup(p.exec))
+	} else {
+		err = s.killExec(ctx, c, p)
+	}
+	if err != nil {
+		return nil, err
 	}
 	p.release()
 	c.dropExec(p)
