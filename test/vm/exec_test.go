@@ -36,6 +36,12 @@ func TestExecSync(t *testing.T) {
 		t.Errorf("3000000 bytes of output are %d", len(out))
 	}
 
+	// What a command leaves in the background stays.
+	c.sh("sleep 6666 >/dev/null 2>&1 &")
+	if !strings.Contains(c.sh("ps -o args"), "sleep 6666") {
+		t.Error("a process in the background ended with its exec")
+	}
+
 	// A command that does not end in time is killed with all that it started.
 	began := time.Now()
 	_, err = c.execSync(2, "sh", "-c", "sleep 7777 & sleep 8888")
@@ -68,23 +74,20 @@ func TestExecStreams(t *testing.T) {
 	p := b.vmPod(ctx, t)
 	c := p.start(idle("c"))
 	data := bytes.Repeat([]byte("0123456789abcdef"), 1<<16) // 1 MiB
-	for _, transport := range []string{"spdy", "websocket"} {
-		cmd := p.crictl("exec", "--transport", transport, "-i", c.id, "sh", "-c", "sha256sum; echo problem >&2")
-		var stdout, stderr bytes.Buffer
-		cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(data), &stdout, &stderr
-		err := cmd.Run()
-		sum := sha256.Sum256(data)
-		if err != nil || stdout.String() != hex.EncodeToString(sum[:])+"  -\n" || stderr.String() != "problem\n" {
-			t.Errorf("%s: 1 MiB of standard input: %v, stdout %q, stderr %q", transport, err, &stdout, &stderr)
-		}
-		cmd = p.crictl("exec", "--transport", transport, c.id, "cat", "/bin/busybox")
-		out, err := cmd.Output()
-		if want := c.sh("sha256sum /bin/busybox"); err != nil || fmt.Sprintf("%x  /bin/busybox\n", sha256.Sum256(out)) != want {
-			t.Errorf("%s: %d bytes of standard output: %v, they differ", transport, len(out), err)
-		}
-		if out, err := p.crictl("exec", "--transport", transport, c.id, "sh", "-c", "exit 9").CombinedOutput(); err == nil || !strings.Contains(string(out), "exit code 9") {
-			t.Errorf("%s: exit code 9: %v, %q", transport, err, out)
-		}
+	cmd := p.crictl("exec", "-i", c.id, "sh", "-c", "sha256sum; echo problem >&2")
+	var stdout, stderr bytes.Buffer
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(data), &stdout, &stderr
+	err := cmd.Run()
+	sum := sha256.Sum256(data)
+	if err != nil || stdout.String() != hex.EncodeToString(sum[:])+"  -\n" || stderr.String() != "problem\n" {
+		t.Errorf("1 MiB of standard input: %v, stdout %q, stderr %q", err, &stdout, &stderr)
+	}
+	out, err := p.crictl("exec", c.id, "cat", "/bin/busybox").Output()
+	if want := c.sh("sha256sum /bin/busybox"); err != nil || fmt.Sprintf("%x  /bin/busybox\n", sha256.Sum256(out)) != want {
+		t.Errorf("%d bytes of standard output: %v, they differ", len(out), err)
+	}
+	if out, err := p.crictl("exec", c.id, "sh", "-c", "exit 9").CombinedOutput(); err == nil || !strings.Contains(string(out), "exit code 9") {
+		t.Errorf("exit code 9: %v, %q", err, out)
 	}
 }
 
@@ -226,7 +229,7 @@ func TestPortForward(t *testing.T) {
 		_ = cmd.Process.Kill() // by its ID: it serves until then
 		_ = cmd.Wait()
 	}()
-	want := "hello from " + p.cfg.GetMetadata().GetName() + "\n"
+	want := "hello from " + p.cfg.GetHostname() + "\n"
 	p.until("the forwarded port answers", func() bool {
 		out, err := b.fetch(ctx, "http://127.0.0.1:18080/")
 		return err == nil && out == want

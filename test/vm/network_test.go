@@ -88,6 +88,7 @@ func TestNetwork(t *testing.T) {
 	vm.start(of("nginx", images.Nginx))
 	client := vm.start(idle("client"))
 	plain.start(of("nginx", images.Nginx))
+	plain.start(of("server", images.Server))
 	plainClient := plain.start(idle("client"))
 
 	client.expect("hostname; cat /etc/hostname", "a-name\na-name")
@@ -117,7 +118,8 @@ func TestNetwork(t *testing.T) {
 	}
 
 	before := networkBytes(t, vm)
-	client.sh("dd if=/dev/zero bs=1k count=300 2>/dev/null | nc -w 3 " + plain.ip() + " 80 >/dev/null; true")
+	client.sh("dd if=/dev/zero bs=1k count=300 2>/dev/null | tr '\\0' x >/tmp/body; wget -q -O /tmp/echo --post-file=/tmp/body http://" + hostPort(plain.ip(), 8080) + "/echo")
+	client.expect("cmp /tmp/body /tmp/echo && stat -c %s /tmp/echo", "307200")
 	if after := networkBytes(t, vm); after < before+200<<10 {
 		t.Errorf("the pod's interface sent %d bytes, then %d, want 300 KiB more", before, after)
 	}

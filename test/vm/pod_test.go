@@ -40,6 +40,7 @@ func (b *bed) podConfig(t *testing.T, change ...func(*runtimeapi.PodSandboxConfi
 	name := strings.ToLower(strings.NewReplacer("/", "-", "_", "-").Replace(t.Name()))
 	cfg := &runtimeapi.PodSandboxConfig{
 		Metadata:     &runtimeapi.PodSandboxMetadata{Name: name, Namespace: "default", Uid: fmt.Sprintf("uid-%d", time.Now().UnixNano())},
+		Hostname:     name,
 		LogDirectory: t.TempDir(),
 		Linux:        &runtimeapi.LinuxPodSandboxConfig{CgroupParent: b.CgroupParent(), SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{}},
 	}

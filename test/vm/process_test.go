@@ -27,7 +27,7 @@ func TestProcess(t *testing.T) {
 		c.Envs = []*runtimeapi.KeyValue{{Key: "A", Value: []byte("a b")}, {Key: "B", Value: []byte("x=y")}}
 		c.WorkingDir = "/tmp/made/when/missing"
 	}))
-	if want := "zero one two|a b|x=y|" + p.cfg.GetMetadata().GetName() + "|/tmp/made/when/missing\n"; got != want {
+	if want := "zero one two|a b|x=y|" + p.cfg.GetHostname() + "|/tmp/made/when/missing\n"; got != want {
 		t.Errorf("the process saw %q, want %q", got, want)
 	}
 	got = p.output(with(of("image", images.Users), func(c *runtimeapi.ContainerConfig) {
@@ -60,7 +60,7 @@ func TestUsers(t *testing.T) {
 		{"unknown id", func(s *runtimeapi.LinuxContainerSecurityContext) { s.RunAsUser = int64Value(54321) }, "54321 0 0"},
 		{"group", func(s *runtimeapi.LinuxContainerSecurityContext) {
 			s.RunAsUser, s.RunAsGroup = int64Value(1002), int64Value(777)
-		}, "1002 777 777 2001"},
+		}, "1002 777 2001 777"},
 		{"merge", func(s *runtimeapi.LinuxContainerSecurityContext) {
 			s.RunAsUser, s.SupplementalGroups = int64Value(1002), []int64{4000}
 		}, "1002 1002 1002 2001 4000"},
