@@ -12,8 +12,9 @@ const (
 	agentPort = "org.vmruntime.agent.0"
 	// consoleBytes is the size of the ring that keeps the end of the guest's console; a power of two.
 	consoleBytes = 64 << 10
-	// tcgBuffer bounds the translated code, in MiB: QEMU's default of 1 GiB would count as the pod's memory.
-	tcgBuffer = 128
+	// tcgBuffer bounds the translated code, in MiB, which is the pod's memory; QEMU's default is 1 GiB. Booting takes as
+	// much processor time with 64 as with 128, and 6% more with 32.
+	tcgBuffer = 64
 
 	scsiBus = "scsi0.0"
 

@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -212,15 +213,15 @@ func TestStartFails(t *testing.T) {
 		"launcher fails": {func(s *Spec) { s.Launcher = append(launcher(), "x") }, `unexpected arguments ["x"]`},
 		"place fails":    {func(s *Spec) { s.Place = func(int) error { return errdefs.ErrAborted } }, "place process"},
 		"no disk":        {func(s *Spec) { s.Machine.Disks = []Disk{{Serial: "a", Path: "/nonexistent", Format: "raw"}} }, "disk a: /nonexistent does not exist"},
-		"disk is a pipe": {func(s *Spec) {
+		"disk is a device": {func(s *Spec) {
 			s.Machine.Disks = []Disk{{Serial: "a", Path: "/dev/null", Format: "raw", ReadOnly: true}}
 		}, "has to be a regular file"},
 		"CPU is unknown": {func(s *Spec) { s.Machine.CPUModel = "abacus" }, "unable to find CPU model 'abacus'"},
 		"not qcow2": {func(s *Spec) {
 			s.Machine.Disks = []Disk{{Serial: "a", Path: s.Machine.Kernel, Format: "qcow2", ReadOnly: true}}
 		}, "not in qcow2 format"},
-		"no KVM":           {func(s *Spec) { s.Machine.Accel = AccelKVM; s.Machine.CPUModel = "nope" }, ""},
-		"kernel is no one": {func(s *Spec) { s.Machine.Kernel = "/etc/passwd" }, "QEMU ended"},
+		"KVM, unknown CPU": {func(s *Spec) { s.Machine.Accel = AccelKVM; s.Machine.CPUModel = "abacus" }, "ended"},
+		"kernel is none":   {func(s *Spec) { s.Machine.Kernel = "/etc/passwd" }, "QEMU ended"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := base
@@ -237,11 +238,26 @@ func TestStartFails(t *testing.T) {
 			if after := descriptors(t); after != before {
 				t.Errorf("%d descriptors before, %d after", before, after)
 			}
-			if err := exec.Command("pgrep", "-u", fmt.Sprint(testUID)).Run(); err == nil {
-				t.Error("a process is left")
+			if left := processesOf(t, testUID); len(left) > 0 {
+				t.Errorf("processes are left: %v", left)
 			}
 		})
 	}
+}
+
+// processesOf lists the processes of a user.
+func processesOf(t *testing.T, uid uint32) (pids []string) {
+	t.Helper()
+	dirs, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, dir := range dirs {
+		if info, err := os.Stat(dir); err == nil && info.Sys().(*syscall.Stat_t).Uid == uid {
+			pids = append(pids, filepath.Base(dir))
+		}
+	}
+	return pids
 }
 
 func TestKilledQEMUIsNoticed(t *testing.T) {
@@ -304,5 +320,40 @@ func TestAttach(t *testing.T) {
 	}
 	if err := again.Close(); err != nil {
 		t.Error(err)
+	}
+}
+
+func TestLauncherWithoutJob(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Close(); err != nil { // as when the daemon dies between fork and the job
+		t.Fatal(err)
+	}
+	cmd := exec.Command(launcher()[0], launcher()[1:]...)
+	cmd.ExtraFiles = []*os.File{r}
+	out, err := cmd.CombinedOutput()
+	if closeErr := r.Close(); closeErr != nil {
+		t.Error(closeErr)
+	}
+	if cmd.ProcessState.ExitCode() != launchFailed || !strings.Contains(string(out), "no job came") {
+		t.Errorf("%v: %s", err, out)
+	}
+}
+
+func TestVersion(t *testing.T) {
+	if _, err := exec.LookPath("qemu-system-x86_64"); err != nil {
+		t.Skip("needs qemu-system-x86_64 in PATH")
+	}
+	v, err := Version(t.Context(), "qemu-system-x86_64")
+	if major, _, ok := strings.Cut(v, "."); err != nil || !ok || major < "7" && len(major) < 2 {
+		t.Errorf("version %q, %v", v, err)
+	}
+	if _, err := Version(t.Context(), "true"); err == nil || !strings.Contains(err.Error(), "has to be QEMU") {
+		t.Errorf("another program: %v", err)
+	}
+	if _, err := Version(t.Context(), "/nonexistent"); !errdefs.IsNotFound(err) {
+		t.Errorf("no program: %v", err)
 	}
 }
