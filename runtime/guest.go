@@ -90,6 +90,10 @@ func (g *guest) supervise(ctx context.Context) {
 	deadline := time.Now().Add(bootTimeout)
 	for {
 		client, err := g.connect(ctx, deadline)
+		if errdefs.IsUnavailable(err) && time.Now().Before(deadline) && !g.ends(ctx) && ctx.Err() == nil {
+			g.log.Debug("the session with the agent was lost as it began", "error", err)
+			continue
+		}
 		if err != nil {
 			g.endOf(ctx, err)
 			return

@@ -123,8 +123,10 @@ func (rt *Runtime) recoverPod(ctx context.Context, p *pod) error {
 	}
 	vm, err := qemu.Attach(ctx, *s.Guest.QEMU)
 	if err != nil {
+		// One that is there and does not answer is of no use to anyone.
+		killed := qemu.KillRecorded(ctx, *s.Guest.QEMU)
 		rt.endContainers(p, fmt.Errorf("the VM ended while the runtime was away: %w", err))
-		return nil
+		return killed
 	}
 	g := newGuest(p, s.Guest.Boot, vm)
 	p.setGuest(g)

@@ -322,7 +322,8 @@ func TestMergeStatus(t *testing.T) {
 		}},
 		Info: map[string]string{"config": "{}", "vmruntime": "{}"},
 		RuntimeHandlers: []*runtimeapi.RuntimeHandler{
-			{Name: "", Features: &runtimeapi.RuntimeHandlerFeatures{UserNamespaces: true}}, {Name: "runc"},
+			{Name: "", Features: &runtimeapi.RuntimeHandlerFeatures{UserNamespaces: true}},
+			{Name: "runc"},
 			{Name: "vm", Features: &runtimeapi.RuntimeHandlerFeatures{RecursiveReadOnlyMounts: true}},
 		},
 		Features: &runtimeapi.RuntimeFeatures{SupplementalGroupsPolicy: true},
