@@ -124,23 +124,6 @@ func within(t *testing.T, d time.Duration, what string, ok func() bool) {
 	}
 }
 
-func (v *VM) waitConsole(t *testing.T, want string) {
-	t.Helper()
-	var text string
-	defer func() {
-		if t.Failed() {
-			t.Logf("console:\n%s", text)
-		}
-	}()
-	within(t, 60*time.Second, "console says "+want, func() bool {
-		var err error
-		if text, err = v.Console(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-		return strings.Contains(text, want)
-	})
-}
-
 func TestStartConfines(t *testing.T) {
 	s := spec(t, guestMachine(t))
 	var placed int

@@ -159,7 +159,9 @@ func (c *container) follow(ctx context.Context, g *guest) (containerEnd, error) 
 		}
 	}
 	cancel()
-	<-drained
+	if err := <-drained; err != nil && !errors.Is(err, context.Canceled) {
+		c.log.Warn("reading the container's output", "error", err)
+	}
 	return endOf(state), err
 }
 

@@ -321,8 +321,8 @@ func TestRotation(t *testing.T) {
 			}
 			return w
 		},
-		"killed before Reopen": func(t *testing.T, dir string, w *Writer) *Writer {
-			w = open(t, dir)
+		"killed before Reopen": func(t *testing.T, dir string, _ *Writer) *Writer {
+			w := open(t, dir)
 			if _, err := os.Stat(w.path); !errors.Is(err, fs.ErrNotExist) {
 				t.Error("a new log is made before Reopen; the kubelet may rename the old one back over it")
 			}

@@ -30,7 +30,6 @@ type side struct {
 	name       string
 	pods       []string
 	containers []string
-	handler    string
 
 	mu    sync.Mutex
 	fault func(method string) error // asked before each answer

@@ -29,8 +29,6 @@ const (
 	defaultPath = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 	// openFiles is RLIMIT_NOFILE of containers, what they have under a usual containerd.
 	openFiles = 1 << 20
-	// ociVersion is the version that every crun accepts: Debian 12's knows no later one. Nothing newer is used.
-	ociVersion = "1.0.2"
 	// crunAnnotations begin the annotations by which crun can be told to do other things; a pod may not.
 	crunAnnotations = "run.oci."
 )
