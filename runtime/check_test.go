@@ -22,7 +22,7 @@ func nodeOf(t *testing.T) Config {
 	dir := t.TempDir()
 	cfg := Default()
 	cfg.Server.Root = filepath.Join(dir, "root")
-	cfg.Server.State = filepath.Join(dir, "state")
+	cfg.Server.State = filepath.Join(shortDir(t), "state")
 	cfg.Server.Socket = filepath.Join(dir, "vmruntime.sock")
 	cfg.Containerd.Address = filepath.Join(dir, "containerd.sock")
 	cfg.QEMU.Binary = filepath.Join(dir, "qemu")
@@ -51,6 +51,21 @@ func checkOf(t *testing.T, cfg Config) map[string]CheckResult {
 		}
 	}
 	return results
+}
+
+// shortDir is a directory whose path leaves room for sockets' names, which those of t.TempDir may not.
+func shortDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "vmr")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
 }
 
 func wantCheck(t *testing.T, results map[string]CheckResult, name string, state CheckState, found string) {
