@@ -17,8 +17,14 @@ func TestQuantiles(t *testing.T) {
 		quantile float64
 		want     float64
 	}{
-		{d, 0.5, 50}, {d, 0.99, 99}, {d, 1, 100}, {d[:1], 0.5, 100}, {d[:1], 0.99, 100},
-		{d[:10], 0.5, 95}, {d[:10], 0.99, 100}, {d[:3], 0.5, 99},
+		{d, 0.5, 50},
+		{d, 0.99, 99},
+		{d, 1, 100},
+		{d[:1], 0.5, 100},
+		{d[:1], 0.99, 100},
+		{d[:10], 0.5, 95},
+		{d[:10], 0.99, 100},
+		{d[:3], 0.5, 99},
 	} {
 		if got := c.of.at(c.quantile); got != c.want {
 			t.Errorf("quantile %v of %d values = %v, want %v", c.quantile, len(c.of), got, c.want)

@@ -42,7 +42,7 @@ func (b *bench) coldStarts(ctx context.Context) error {
 		}
 	}
 	b.reportStarts(vm, container, bare)
-	return nil
+	return b.moreContainers(ctx)
 }
 
 func (b *bench) reportStarts(vm, container starts, bare durations) {
@@ -94,5 +94,41 @@ func (b *bench) startOnce(ctx context.Context, c *cri, handler, name string, s *
 	s.start = append(s.start, started.Sub(created))
 	s.line = append(s.line, logged.Sub(started))
 	s.total = append(s.total, logged.Sub(begun))
+	return nil
+}
+
+// moreContainers measures, in turns, one more container in a running VM pod and in a running pod of containerd: what is
+// left of a start when nothing has to boot.
+func (b *bench) moreContainers(ctx context.Context) (err error) {
+	var pods []*pod
+	defer func() { err = errors.Join(err, removeAll(ctx, pods)) }()
+	for _, way := range []struct {
+		cri     *cri
+		handler string
+		name    string
+	}{{b.vm, vmHandler, "vm-more"}, {b.direct, "", "container-more"}} {
+		p, err := b.runPod(ctx, way.cri, way.handler, way.name)
+		if err != nil {
+			return err
+		}
+		pods = append(pods, p)
+		if err := b.startIn(ctx, p); err != nil {
+			return err
+		}
+	}
+	took := make([]durations, len(pods))
+	for i := range b.starts {
+		for j, p := range pods {
+			call, cancel := context.WithTimeout(ctx, podTimeout)
+			begun := time.Now()
+			_, _, logged, err := p.start(call, fmt.Sprintf("more-%d", i))
+			cancel()
+			if err != nil {
+				return err
+			}
+			took[j] = append(took[j], logged.Sub(begun))
+		}
+	}
+	b.report.compare("one more container, VM pod over containerd's, p50", took[0].median(), took[1].median(), "ms")
 	return nil
 }
