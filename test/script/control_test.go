@@ -22,6 +22,7 @@ import (
 //	refuse NAME TEXT      the QMP command or the agent's method fails
 //	slow NAME DURATION    the agent's method takes so long
 //	drop BYTES            the host's connection to the agent is lost each time after so many bytes
+//	flaky N               the first N connections are lost as they begin
 type faults struct {
 	boot   time.Duration
 	silent bool
@@ -29,6 +30,7 @@ type faults struct {
 	refuse map[string]string
 	slow   map[string]time.Duration
 	drop   int
+	flaky  atomic.Int32
 
 	hung    atomic.Bool
 	damaged atomic.Bool
@@ -55,6 +57,10 @@ func parseFaults(text string) (*faults, error) {
 			f.slow[name], err = time.ParseDuration(value)
 		case "drop":
 			f.drop, err = strconv.Atoi(rest)
+		case "flaky":
+			var n int
+			n, err = strconv.Atoi(rest)
+			f.flaky.Store(int32(n))
 		default:
 			err = errors.New("no such fault")
 		}
@@ -73,10 +79,18 @@ func (f *faults) refusal(name string) error {
 }
 
 func (f *faults) delay(name string) time.Duration { return f.slow[name] }
-func (f *faults) dropAfter() int                  { return f.drop }
 func (f *faults) hang()                           { f.hung.Store(true) }
 func (f *faults) hangs() bool                     { return f.hung.Load() }
 func (f *faults) damage()                         { f.damaged.Store(true) }
+
+// loses tells whether a connection is to be lost that has carried so many bytes.
+func (f *faults) loses(sent int) bool {
+	if sent > 40 && f.flaky.Load() > 0 {
+		f.flaky.Add(-1)
+		return true
+	}
+	return f.drop > 0 && sent > f.drop
+}
 
 // damages tells once that bytes are to be damaged.
 func (f *faults) damages() bool { return f.damaged.CompareAndSwap(true, false) }

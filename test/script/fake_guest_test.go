@@ -373,12 +373,20 @@ func (p *fakePort) host() (net.Conn, error) {
 	return c, nil
 }
 
-// hangUp loses the host's connection, as QEMU does when the host closes it.
+// hangUp loses the host's connection, whichever it is.
 func (p *fakePort) hangUp() {
 	p.mu.Lock()
+	c := p.conn
+	p.mu.Unlock()
+	p.lose(c)
+}
+
+// lose closes a connection to the host, unless there is another one by now.
+func (p *fakePort) lose(c net.Conn) {
+	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.conn != nil {
-		_ = p.conn.Close() // lost anyway
+	if c != nil && p.conn == c {
+		_ = c.Close() // lost anyway
 		p.conn, p.sent = nil, 0
 	}
 }
@@ -392,7 +400,7 @@ func (p *fakePort) Read(b []byte) (int, error) {
 		}
 		n, err := c.Read(b)
 		if err != nil {
-			p.hangUp()
+			p.lose(c)
 			return 0, io.EOF
 		}
 		if !p.faults.hangs() {
@@ -406,8 +414,7 @@ func (p *fakePort) Write(b []byte) (int, error) {
 	p.mu.Lock()
 	c := p.conn
 	p.sent += len(b)
-	limit := p.faults.dropAfter()
-	lose := limit > 0 && p.sent > limit
+	lose := p.faults.loses(p.sent)
 	p.mu.Unlock()
 	if c == nil || p.faults.hangs() {
 		return len(b), nil
@@ -421,7 +428,7 @@ func (p *fakePort) Write(b []byte) (int, error) {
 		out[32] ^= 0x55
 	}
 	if _, err := c.Write(out); err != nil || lose {
-		p.hangUp()
+		p.lose(c)
 	}
 	return len(b), nil
 }

@@ -192,10 +192,7 @@ func (p *process) write(stream agentpb.OutputChunk_Stream, text string) bool {
 			return false
 		}
 		if p.end[stream]-p.acked[stream] < outputBound {
-			p.chunks = append(p.chunks, &agentpb.OutputChunk{
-				Stream: stream, Offset: p.end[stream], Data: []byte(text), TimeUnixNano: time.Now().UnixNano(),
-			})
-			p.end[stream] += uint64(len(text))
+			p.keep(stream, text)
 			p.announce()
 			p.mu.Unlock()
 			return true
@@ -208,6 +205,18 @@ func (p *process) write(stream agentpb.OutputChunk_Stream, text string) bool {
 			return false
 		}
 	}
+}
+
+// keep adds to the last chunk if it is of the same stream and not large, as the agent does. The caller holds mu.
+func (p *process) keep(stream agentpb.OutputChunk_Stream, text string) {
+	if n := len(p.chunks); n > 0 && p.chunks[n-1].Stream == stream && len(p.chunks[n-1].Data) < 16<<10 {
+		p.chunks[n-1].Data = append(p.chunks[n-1].Data, text...)
+	} else {
+		p.chunks = append(p.chunks, &agentpb.OutputChunk{
+			Stream: stream, Offset: p.end[stream], Data: []byte(text), TimeUnixNano: time.Now().UnixNano(),
+		})
+	}
+	p.end[stream] += uint64(len(text))
 }
 
 func (p *process) finish(code int32) {

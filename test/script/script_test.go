@@ -1,6 +1,7 @@
 package script
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -15,6 +16,8 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/vmruntime/vmruntime/runtime"
 )
 
 // serial runs scripts one after the other: they share the node.
@@ -42,13 +45,18 @@ type worldKey struct{}
 //	start NAME, stopc NAME GRACE, rmc NAME, stopp POD, rmp POD
 //	execs TIMEOUT NAME STATEMENT...
 //	status NAME, list, log NAME
+//	logged NAME LINE          waits until the log has the line
 //	wholelog NAME N           the log is that of the statement lines N
+//	message NAME              the status's message
+//	stats NAME
+//	startwithin SECONDS NAME  StartContainer of a caller that waits no longer
+//	reboot POD                takes away what a reboot would: the network namespace, and all of /run
 //	until NAME STATE          waits until status prints STATE
 //	within DURATION NAME STATE   the same, at most so long
 //	event TYPE NAME           waits for an event
 //	vm POD COMMAND            what fakeQEMU.command does, or: kill
 //	trace POD                 what a removed pod's VM was asked, normalised
-//	count POD TEXT            how often the text is in that
+//	count POD N TEXT          waits until the text is N times in that
 //	leaks                     fails if anything of removed pods is left
 //
 // A command with ! before it has to fail; its error is then in stderr.
@@ -75,6 +83,13 @@ func TestScripts(t *testing.T) {
 	}
 	testscript.RunT(serial{t}, testscript.Params{
 		Dir: "testdata", Cmds: commands, UpdateScripts: *update, RequireUniqueNames: true,
+		Condition: func(name string) (bool, error) {
+			if name != "virtiofsd" {
+				return false, fmt.Errorf("no condition %q", name)
+			}
+			_, err := runtime.Default().QEMU.FindVirtiofsd()
+			return err == nil, nil
+		},
 		Setup: func(e *testscript.Env) error { return setup(t, e) },
 	})
 }
@@ -163,8 +178,10 @@ func scriptCommands() map[string]command {
 			return "", w.untilState(a[0], strings.Join(a[1:], " "), waitTimeout)
 		}),
 		"within": least(3, withinCommand), "event": least(2, eventCommand),
-		"vm": least(2, vmCommand), "trace": least(1, traceCommand), "count": least(2, countCommand),
-		"leaks": leaksCommand, "wholelog": least(2, wholeLogCommand),
+		"vm": least(2, vmCommand), "trace": least(1, traceCommand), "count": least(3, countCommand),
+		"message": least(1, messageCommand), "stats": least(1, statsCommand), "startwithin": least(2, startWithinCommand),
+		"reboot": least(1, rebootCommand),
+		"logged": least(2, loggedCommand), "leaks": leaksCommand, "wholelog": least(2, wholeLogCommand),
 	}
 }
 
@@ -372,6 +389,9 @@ func traceCommand(w *world, args []string) (string, error) {
 	}
 	var out strings.Builder
 	for _, r := range w.bed.control.reports(p.id) {
+		if strings.HasPrefix(r.Text, "RemoveExec ") {
+			continue // comes some time after the exec's answer
+		}
 		if r.Kind == "args" {
 			out.WriteString("qemu\n\t" + strings.ReplaceAll(r.Text, "\n", "\n\t") + "\n")
 		} else {
@@ -386,13 +406,23 @@ func countCommand(w *world, args []string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	n := 0
-	for _, r := range w.bed.control.reports(p.id) {
-		if strings.Contains(r.Kind+" "+r.Text, strings.Join(args[1:], " ")) {
-			n++
-		}
+	want, err := strconv.Atoi(args[1])
+	if err != nil {
+		return "", err
 	}
-	return fmt.Sprintf("%d\n", n), nil
+	n, text := 0, strings.Join(args[2:], " ")
+	if !w.until(func() bool {
+		n = 0
+		for _, r := range w.bed.control.reports(p.id) {
+			if strings.Contains(r.Kind+" "+r.Text, text) {
+				n++
+			}
+		}
+		return n >= want
+	}) || n != want {
+		return "", fmt.Errorf("%q comes %d times, it has to come %d times", text, n, want)
+	}
+	return "", nil
 }
 
 // normal replaces what differs from run to run.
@@ -415,6 +445,59 @@ func (w *world) normal(text string) string {
 	return text
 }
 
+func messageCommand(w *world, args []string) (string, error) {
+	c, err := w.ctr(args[0])
+	if err != nil {
+		return "", err
+	}
+	ctx, cancel := call()
+	defer cancel()
+	resp, err := w.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: c.id})
+	return lineOf(resp.GetStatus().GetMessage(), err)
+}
+
+func statsCommand(w *world, args []string) (string, error) {
+	c, err := w.ctr(args[0])
+	if err != nil {
+		return "", err
+	}
+	ctx, cancel := call()
+	defer cancel()
+	resp, err := w.rt.ContainerStats(ctx, &runtimeapi.ContainerStatsRequest{ContainerId: c.id})
+	s := resp.GetStats()
+	return fmt.Sprintf("memory %d writable %d\n", s.GetMemory().GetWorkingSetBytes().GetValue(), s.GetWritableLayer().GetUsedBytes().GetValue()), err
+}
+
+func startWithinCommand(w *world, args []string) (string, error) {
+	limit, err := strconv.Atoi(args[0])
+	if err != nil {
+		return "", err
+	}
+	c, err := w.ctr(args[1])
+	if err != nil {
+		return "", err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Duration(limit)*time.Second)
+	defer cancel()
+	_, err = w.rt.StartContainer(ctx, &runtimeapi.StartContainerRequest{ContainerId: c.id})
+	return "", err
+}
+
+// rebootCommand is for a daemon and a QEMU that are gone.
+func rebootCommand(w *world, args []string) (string, error) {
+	state := filepath.Join(w.bed.Root, "run", "s")
+	entries, err := os.ReadDir(filepath.Join(state, "netns"))
+	if err != nil {
+		return "", err
+	}
+	for _, e := range entries {
+		if err := syscall.Unmount(filepath.Join(state, "netns", e.Name()), syscall.MNT_DETACH); err != nil {
+			return "", err
+		}
+	}
+	return "", os.RemoveAll(state)
+}
+
 func leaksCommand(w *world, _ []string) (string, error) {
 	ctx, cancel := call()
 	defer cancel()
@@ -423,6 +506,18 @@ func leaksCommand(w *world, _ []string) (string, error) {
 		err = fmt.Errorf("left on the node:\n  %s", strings.Join(left, "\n  "))
 	}
 	return "", err
+}
+
+func loggedCommand(w *world, args []string) (string, error) {
+	text, line := "", strings.Join(args[1:], " ")
+	var err error
+	if !w.until(func() bool {
+		text, err = w.logText(args[0])
+		return err == nil && slices.Contains(strings.Split(text, "\n"), line)
+	}) {
+		return text, fmt.Errorf("the log has no line %q: %w", line, err)
+	}
+	return "", nil
 }
 
 // wholeLogCommand holds that a log has so many lines of the statement lines, each once and in order.
@@ -442,7 +537,7 @@ func wholeLogCommand(w *world, args []string) (string, error) {
 		}
 	}
 	if len(lines) != n {
-		return "", fmt.Errorf("the log has %d lines, it has to have %d; beyond: %.3q", len(lines), n, slices.Concat(lines[min(n, len(lines)):]))
+		return "", fmt.Errorf("the log has %d lines, it has to have %d; the last is %q", len(lines), n, lines[len(lines)-1])
 	}
 	return "", nil
 }

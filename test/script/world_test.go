@@ -8,8 +8,10 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -34,6 +36,8 @@ type world struct {
 
 	pods       map[string]*sandbox
 	containers map[string]*ctr
+
+	runs atomic.Int64 // of RunPodSandbox
 
 	owned  sync.WaitGroup
 	mu     sync.Mutex
@@ -186,7 +190,7 @@ func (w *world) run(name string, change ...func(*runtimeapi.PodSandboxConfig)) e
 	p := &sandbox{name: name, cfg: &runtimeapi.PodSandboxConfig{
 		Metadata:     &runtimeapi.PodSandboxMetadata{Name: name, Namespace: "default", Uid: "uid-" + name},
 		Hostname:     name,
-		LogDirectory: filepath.Join(w.logs, name),
+		LogDirectory: filepath.Join(w.logs, name, strconv.Itoa(int(w.runs.Add(1)))), // as a kubelet has one for each pod's UID
 		DnsConfig:    &runtimeapi.DNSConfig{Servers: []string{"192.0.2.53"}},
 		Linux:        &runtimeapi.LinuxPodSandboxConfig{CgroupParent: w.bed.CgroupParent(), SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{}},
 	}}
@@ -383,20 +387,23 @@ func (w *world) logText(name string) (string, error) {
 		return "", err
 	}
 	var out strings.Builder
-	part := ""
+	part, stream := "", ""
 	for line := range strings.Lines(string(data)) {
 		fields := strings.SplitN(strings.TrimSuffix(line, "\n"), " ", 4)
 		if len(fields) != 4 || fields[2] != "F" && fields[2] != "P" {
 			return "", fmt.Errorf("%s has the line %q, which is not one of a CRI log", w.logFile(c), line)
 		}
 		if fields[2] == "P" {
-			part += fields[3]
+			part, stream = part+fields[3], fields[1]
 			continue
 		}
 		fmt.Fprintf(&out, "%s %s%s\n", fields[1], part, fields[3])
 		part = ""
 	}
-	return out.String() + part, nil
+	if part != "" {
+		fmt.Fprintf(&out, "%s %s\n", stream, part)
+	}
+	return out.String(), nil
 }
 
 // hasEvent tells whether an event of a type came for a container or pod.
