@@ -44,19 +44,32 @@ func (m *Manager) Ready(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	for _, n := range c.GetConfig().Networks {
-		list, err := libcni.ConfListFromBytes([]byte(n.Config.Source))
-		if err != nil {
-			return fmt.Errorf("read CNI network %q again: %w: %w", n.Config.Name, err, errdefs.ErrUnavailable)
-		}
-		if err := m.findPlugins(list); err != nil {
-			return err
-		}
+	lists, err := m.usable(c)
+	if err != nil {
+		return err
+	}
+	for _, list := range lists {
 		if err := m.lib().GetStatusNetworkList(ctx, list); err != nil {
 			return fmt.Errorf("CNI network %q says that it is not ready: %w: %w", list.Name, err, errdefs.ErrUnavailable)
 		}
 	}
 	return nil
+}
+
+// usable gives the networks of a configuration, all of whose plugins are there.
+func (m *Manager) usable(c gocni.CNI) ([]*libcni.NetworkConfigList, error) {
+	var lists []*libcni.NetworkConfigList
+	for _, n := range c.GetConfig().Networks {
+		list, err := libcni.ConfListFromBytes([]byte(n.Config.Source))
+		if err != nil {
+			return nil, fmt.Errorf("read CNI network %q again: %w: %w", n.Config.Name, err, errdefs.ErrUnavailable)
+		}
+		if err := m.findPlugins(list); err != nil {
+			return nil, err
+		}
+		lists = append(lists, list)
+	}
+	return lists, nil
 }
 
 func (m *Manager) findPlugins(list *libcni.NetworkConfigList) error {
@@ -118,7 +131,8 @@ func (m *Manager) cachedAttachments(id string) ([]*libcni.NetworkAttachment, err
 // removeFromCNI runs DEL for every attachment on record, with the configuration it was made with. An ADD that failed
 // has left none, so DEL runs also by the node's configuration, except when that is on record in full.
 func (m *Manager) removeFromCNI(ctx context.Context, req Request, path string) error {
-	if !isNetNS(path) {
+	there := isNetNS(path)
+	if !there {
 		path = "" // how CNI is told that the namespace is gone
 	}
 	cached, err := m.cachedAttachments(req.ID)
@@ -132,10 +146,14 @@ func (m *Manager) removeFromCNI(ctx context.Context, req Request, path string) e
 		errs = append(errs, m.removeCached(ctx, a, path))
 	}
 	// Setup makes no namespace while there is no usable configuration, so without one there is nothing more to give back.
-	if c, err := m.load(); err == nil && !allRecorded(c, recorded) {
-		errs = append(errs, removeByConfig(ctx, c, req, path))
+	c, err := m.load()
+	if err != nil || allRecorded(c, recorded) {
+		return errors.Join(errs...)
 	}
-	return errors.Join(errs...)
+	if _, err := m.usable(c); err != nil && !there {
+		return errors.Join(errs...) // nor while a plugin is missing
+	}
+	return errors.Join(append(errs, removeByConfig(ctx, c, req, path))...)
 }
 
 func (m *Manager) removeCached(ctx context.Context, a *libcni.NetworkAttachment, path string) error {

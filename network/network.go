@@ -160,6 +160,10 @@ func (m *Manager) Setup(ctx context.Context, req Request) (*Attachment, error) {
 	if err != nil {
 		return nil, err
 	}
+	// A plugin that is missing fails ADD half way, and then DEL too: what was made could not be given back.
+	if _, err := m.usable(c); err != nil {
+		return nil, err
+	}
 	path := m.NetNSPath(req.ID)
 	if err := makeNetNS(path); err != nil {
 		return nil, err
