@@ -24,9 +24,9 @@ const (
 	readChunk = 256 << 10
 	// pollTimeout bounds one long poll; it is simply repeated.
 	pollTimeout = 5 * time.Minute
-	// drainTimeout is how long output is still read after the process has ended: a child that keeps the
-	// pipe open must not hold back the container's end.
-	drainTimeout = 2 * time.Second
+	// drainTimeout is how long output is still read after the process has ended. The guest ends the streams by
+	// itself within 10 s, also if a child keeps them open; the rest is for a guest that is slow or loses its session.
+	drainTimeout = 15 * time.Second
 )
 
 // offsets are the positions up to which a process's streams have been taken.
