@@ -153,7 +153,7 @@ func (p *process) lines(args []string) error {
 }
 
 // lineText is what the statement lines writes.
-func lineText(i int) string { return fmt.Sprintf("line %06d of a container's output", i) }
+func lineText(i int) string { return fmt.Sprintf("line %06d of the output", i) }
 
 func (p *process) pause(d time.Duration) {
 	select {
