@@ -75,7 +75,11 @@ func readSession(c *conn, acked chan struct{}) error {
 		switch {
 		case failed != nil:
 		case err != nil:
-			// Before the answer these are remains of a dead session; after it the next number tells.
+			// Before the answer these are remains of a dead session; after it bytes of this one, and none may follow that
+			// would tell it.
+			if begun {
+				failed = errGap
+			}
 		case f.nonce != c.nonce:
 		case f.kind == kindAck && !begun:
 			begun = true
