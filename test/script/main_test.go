@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -217,9 +218,7 @@ func setKeys(text []byte, sections map[string]map[string]any) ([]byte, error) {
 		if all[section] == nil {
 			all[section] = make(map[string]any)
 		}
-		for k, v := range keys {
-			all[section][k] = v
-		}
+		maps.Copy(all[section], keys)
 	}
 	return toml.Marshal(all)
 }

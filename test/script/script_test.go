@@ -335,7 +335,7 @@ func (w *world) untilState(name, want string, limit time.Duration) error {
 		last, err = w.containerLine(name)
 		return err == nil && last == want || time.Since(begin) > limit
 	}) || last != want {
-		return fmt.Errorf("container %s is %q (%v) after %s; it has to become %q within %s", name, last, err, time.Since(begin), want, limit)
+		return fmt.Errorf("container %s is %q (%w) after %s; it has to become %q within %s", name, last, err, time.Since(begin), want, limit)
 	}
 	return nil
 }
