@@ -2,7 +2,6 @@ package guest
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -18,18 +17,7 @@ import (
 	"github.com/vmruntime/vmruntime/agent"
 )
 
-const (
-	modulesDir  = "/lib/modules"
-	modulesFile = "/etc/vmagent/modules.json"
-	portTimeout = 30 * time.Second
-)
-
-// moduleList is /etc/vmagent/modules.json: what each boot loads, in this order, and what is loaded when it
-// is first needed.
-type moduleList struct {
-	Boot []string            `json:"boot"`
-	Lazy map[string][]string `json:"lazy"`
-}
+const portTimeout = 30 * time.Second
 
 // Boot does what PID 1 of an initramfs does before the service can run: file systems, modules, loopback.
 func Boot() error {
@@ -41,6 +29,10 @@ func Boot() error {
 		return err
 	}
 	if err := loadBoot(); err != nil {
+		return err
+	}
+	// From here on, so that the kernel's questions while it boots, which have no answer here, cost no process.
+	if err := answerKernel(); err != nil {
 		return err
 	}
 	if err := prepareCgroups(); err != nil {
@@ -131,66 +123,6 @@ func prepareCgroups() error {
 		}
 	}
 	return nil
-}
-
-func readModules() (*moduleList, error) {
-	data, err := os.ReadFile(modulesFile)
-	if err != nil {
-		return nil, err
-	}
-	list := &moduleList{}
-	if err := json.Unmarshal(data, list); err != nil {
-		return nil, fmt.Errorf("%s: %w", modulesFile, err)
-	}
-	return list, nil
-}
-
-func loadBoot() error {
-	list, err := readModules()
-	if err != nil {
-		return err
-	}
-	return loadModules(list.Boot, bootParameters)
-}
-
-// bootParameters let a driver's search for its devices go on beside the loading of the next one: whoever
-// needs a device waits for it.
-func bootParameters(file string) string {
-	if file == "scsi_mod.ko" {
-		return "async_probe=1 scan=async"
-	}
-	return "async_probe=1"
-}
-
-// loadLazy loads the modules of one feature. A kernel that has it built in lists none.
-func loadLazy(feature string) error {
-	list, err := readModules()
-	if err != nil {
-		return err
-	}
-	return loadModules(list.Lazy[feature], func(string) string { return "" })
-}
-
-func loadModules(files []string, parameters func(file string) string) error {
-	for _, name := range files {
-		if err := loadModule(filepath.Join(modulesDir, name), parameters(name)); err != nil {
-			return fmt.Errorf("load module %s: %w", name, err)
-		}
-	}
-	return nil
-}
-
-func loadModule(path, parameters string) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	err = unix.FinitModule(int(f.Fd()), parameters, 0)
-	if errors.Is(err, unix.EEXIST) {
-		return nil
-	}
-	return err
 }
 
 // OpenPort opens the agent's virtio-serial port, waiting for it to appear.

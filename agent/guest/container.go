@@ -216,6 +216,7 @@ func (s *Server) startContainer(ctx context.Context, c *container) error {
 	if err := os.WriteFile(filepath.Join(c.dir, "config.json"), data, 0o600); err != nil {
 		return err
 	}
+	s.loadTables(c.spec.Process)
 	user := c.spec.Process.User
 	st, err := c.main.openStreams(s.consolePath(), int(user.UID), int(user.GID))
 	if err != nil {

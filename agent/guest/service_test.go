@@ -45,6 +45,8 @@ func TestGuest(t *testing.T) {
 		{"stats and update", testStats},
 		{"files kept live", testFiles},
 		{"share", testShare},
+		{"kernel modules", testModules},
+		{"firewall rules", testFirewalls},
 		{"hot-plugged disk", testHotplug},
 		{"reconnect", testReconnect},
 		{"reconnect in mid-stream", testReconnectStream},

@@ -90,7 +90,8 @@ func bootMachine(t *testing.T) *machine {
 	if err := json.Unmarshal(data, &man); err != nil {
 		t.Fatal(err)
 	}
-	args := []string{"-M", "q35,memory-backend=mem", "-accel", "tcg", "-cpu", "max", "-m", "512M", "-smp", "2",
+	args := []string{
+		"-M", "q35,memory-backend=mem", "-accel", "tcg", "-cpu", "max", "-m", "512M", "-smp", "2",
 		"-object", "memory-backend-memfd,id=mem,size=512M,share=on", "-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio",
 		"-kernel", filepath.Join(guestDir(), man.Kernel), "-initrd", m.path("initramfs"), "-append", man.Cmdline,
 		"-qmp", "unix:" + m.path("qmp.sock") + ",server=on,wait=off",
@@ -202,7 +203,7 @@ func (m *machine) buildImage() {
 		m.t.Fatal(err)
 	}
 	output(m.t, root, "cp", "-L", busybox, "bin/busybox")
-	for _, applet := range strings.Fields("sh cat echo sleep true false head dd yes id stat ls grep kill ps tail wc seq stty mkdir nc ip hostname date printf env test sync tr df") {
+	for applet := range strings.FieldsSeq("sh cat echo sleep true false head dd yes id stat ls grep kill ps tail wc seq stty mkdir nc ip hostname date printf env test sync tr df brctl mknod losetup cut sort") {
 		if err := os.Link(filepath.Join(root, "bin/busybox"), filepath.Join(root, "bin", applet)); err != nil {
 			m.t.Fatal(err)
 		}
@@ -210,6 +211,7 @@ func (m *machine) buildImage() {
 	if err := os.WriteFile(filepath.Join(root, "etc/passwd"), []byte("root:x:0:0::/:/bin/sh\n"), 0o644); err != nil {
 		m.t.Fatal(err)
 	}
+	m.addFirewalls(root)
 	output(m.t, m.dir, "mkfs.erofs", "--quiet", "-T0", "image.erofs", "image")
 }
 
@@ -287,8 +289,12 @@ func containerSpec(args ...string) *specs.Spec {
 			{Destination: "/etc/resolv.conf", Type: "bind", Source: "/run/vm/sandbox/resolv.conf", Options: []string{"rbind", "rprivate", "rw"}},
 		},
 		Linux: &specs.Linux{Namespaces: []specs.LinuxNamespace{
-			{Type: specs.PIDNamespace}, {Type: specs.MountNamespace}, {Type: specs.IPCNamespace}, {Type: specs.UTSNamespace},
-			{Type: specs.NetworkNamespace}, {Type: specs.CgroupNamespace},
+			{Type: specs.PIDNamespace},
+			{Type: specs.MountNamespace},
+			{Type: specs.IPCNamespace},
+			{Type: specs.UTSNamespace},
+			{Type: specs.NetworkNamespace},
+			{Type: specs.CgroupNamespace},
 		}},
 	}
 }

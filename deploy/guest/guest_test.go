@@ -1,6 +1,7 @@
 package main
 
 import (
+	"archive/zip"
 	"bytes"
 	"compress/gzip"
 	"context"
@@ -11,10 +12,13 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -140,6 +144,12 @@ func moduleTree(t *testing.T) fileTree {
 		"lib/modules/6/kernel/drivers/scsi_mod.ko":       module(""),
 		"lib/modules/6/kernel/fs/fuse/fuse.ko":           module(""),
 		"lib/modules/6/kernel/fs/fuse/virtiofs.ko":       module("fuse,virtio"),
+		"lib/modules/6/kernel/net/bridge.ko":             module("llc\x00alias=rtnl-link-bridge"),
+		"lib/modules/6/kernel/net/llc.ko":                module("scsi_mod"),
+		"lib/modules/6/kernel/drivers/tun.ko":            module("\x00alias=devname:net/tun\x00alias=char-major-10-200"),
+		"lib/modules/6/kernel/net/xt/xt_LOG.ko":          module("\x00softdep=pre: nf-log crc32c post: llc\x00alias=ipt_LOG\x00alias=ip6t_LOG"),
+		"lib/modules/6/kernel/net/xt/xt_log2.ko":         module("\x00alias=ipt_LOG"),
+		"lib/modules/6/kernel/net/nf-log.ko":             module(""),
 		"lib/modules/6/kernel/drivers/broken.ko":         {data: []byte("text")},
 		"lib/modules/6/kernel/drivers/needs_a_ghost.ko":  module("ghost"),
 		"lib/modules/6/kernel/drivers/odd.ko.lzma":       module(""),
@@ -167,6 +177,60 @@ func TestResolveModules(t *testing.T) {
 	}
 }
 
+func TestAutoload(t *testing.T) {
+	m, err := resolveModules(moduleTree(t), "lib/modules/6", moduleSet{
+		Boot: []string{"scsi_mod"},
+		Lazy: map[string][]string{"virtiofs": {"virtiofs"}},
+		Auto: []string{"bridge", "tun", "net/xt/*", "fuse", "ext4"},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := autoload{
+		Modules: map[string][]string{
+			"bridge": {"llc.ko", "bridge.ko"}, "llc": {"llc.ko"}, "tun": {"tun.ko"}, "fuse": {"fuse.ko"},
+			"xt_LOG": {"nf_log.ko", "xt_LOG.ko"}, "xt_log2": {"xt_log2.ko"}, "nf_log": {"nf_log.ko"},
+		},
+		Aliases: map[string][]string{
+			"rtnl_link_bridge": {"bridge"}, "char_major_10_200": {"tun"}, "ipt_LOG": {"xt_LOG", "xt_log2"}, "ip6t_LOG": {"xt_LOG"},
+		},
+	}
+	if d := cmp.Diff(want, m.auto); d != "" {
+		t.Errorf("index (-want +got):\n%s", d)
+	}
+	if d := cmp.Diff([]deviceNode{{Path: "net/tun", Major: 10, Minor: 200}}, m.Nodes); d != "" {
+		t.Errorf("nodes (-want +got):\n%s", d)
+	}
+	// fuse is loose already.
+	if d := cmp.Diff([]string{"bridge.ko", "llc.ko", "nf_log.ko", "tun.ko", "xt_LOG.ko", "xt_log2.ko"}, slices.Sorted(maps.Keys(m.packed))); d != "" {
+		t.Errorf("packed (-want +got):\n%s", d)
+	}
+	_, err = resolveModules(moduleTree(t), "lib/modules/6", moduleSet{Auto: []string{"net/none/*"}})
+	if err == nil || !strings.Contains(err.Error(), "net/none/*") {
+		t.Errorf("a directory without modules: %v", err)
+	}
+}
+
+func TestPackModules(t *testing.T) {
+	content := map[string][]byte{"b.ko": bytes.Repeat([]byte("b"), 5000), "a.ko": []byte("a")}
+	data, err := packModules(content)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := zip.NewReader(bytes.NewReader(data), int64(len(data)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(data) > 1000 || len(r.File) != 2 || r.File[0].Name != "a.ko" {
+		t.Errorf("%d bytes, %d files", len(data), len(r.File))
+	}
+	for name, want := range content {
+		if got, err := fs.ReadFile(r, name); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("%s: %q, %v", name, got, err)
+		}
+	}
+}
+
 func TestResolveModulesErrors(t *testing.T) {
 	for name, want := range map[string]string{
 		"absent": "module absent is neither", "needs_a_ghost": "module ghost is neither",
@@ -186,7 +250,7 @@ func TestInitramfs(t *testing.T) {
 	pack := func() []byte {
 		data, err := packInitramfs([]byte("agent"),
 			map[string][]byte{"usr/bin/crun": []byte("crun"), "lib64/ld.so": []byte("ld")},
-			&modules{files: map[string][]byte{"a.ko": []byte("a")}, Boot: []string{"a.ko"}, Lazy: map[string][]string{}})
+			&modules{files: map[string][]byte{"a.ko": []byte("a")}, packed: map[string][]byte{"b.ko": []byte("b")}, Boot: []string{"a.ko"}, Lazy: map[string][]string{}})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -212,8 +276,8 @@ func TestInitramfs(t *testing.T) {
 		names = append(names, r.Name)
 	}
 	want := []string{
-		"dev", "dev/console", "dev/null", "etc", "etc/vmagent", "etc/vmagent/modules.json", "init",
-		"lib", "lib/modules", "lib/modules/a.ko", "lib64", "lib64/ld.so", "usr", "usr/bin", "usr/bin/crun",
+		"dev", "dev/console", "dev/null", "etc", "etc/vmagent", "etc/vmagent/autoload.json", "etc/vmagent/modules.json", "init",
+		"lib", "lib/modules", "lib/modules/a.ko", "lib/modules/autoload.zip", "lib64", "lib64/ld.so", "usr", "usr/bin", "usr/bin/crun",
 	}
 	if d := cmp.Diff(want, names); d != "" {
 		t.Errorf("records (-want +got):\n%s", d)

@@ -38,12 +38,22 @@ func packInitramfs(init []byte, programs map[string][]byte, mods *modules) ([]by
 	if err != nil {
 		return nil, err
 	}
+	index, err := mods.auto.list()
+	if err != nil {
+		return nil, err
+	}
+	packed, err := packModules(mods.packed)
+	if err != nil {
+		return nil, err
+	}
 	records := map[string]cpio.Record{
 		// Without these two PID 1 starts with no standard streams.
-		"dev/console":              cpio.CharDev("dev/console", 0o600, 5, 1),
-		"dev/null":                 cpio.CharDev("dev/null", 0o666, 1, 3),
-		"init":                     cpio.StaticFile("init", string(init), 0o755),
-		"etc/vmagent/modules.json": cpio.StaticFile("etc/vmagent/modules.json", string(list), 0o644),
+		"dev/console":               cpio.CharDev("dev/console", 0o600, 5, 1),
+		"dev/null":                  cpio.CharDev("dev/null", 0o666, 1, 3),
+		"init":                      cpio.StaticFile("init", string(init), 0o755),
+		"etc/vmagent/modules.json":  cpio.StaticFile("etc/vmagent/modules.json", string(list), 0o644),
+		"etc/vmagent/autoload.json": cpio.StaticFile("etc/vmagent/autoload.json", string(index), 0o644),
+		"lib/modules/autoload.zip":  cpio.StaticFile("lib/modules/autoload.zip", string(packed), 0o644),
 	}
 	for name, data := range programs {
 		records[name] = cpio.StaticFile(name, string(data), 0o755)

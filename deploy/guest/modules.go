@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"path"
 	"slices"
 	"strings"
@@ -15,23 +16,18 @@ import (
 type moduleSet struct {
 	Boot []string            // loaded by every boot, in this order
 	Lazy map[string][]string // loaded on first use of a feature
-}
-
-// containerModules are what container VMs need. What a kernel has built in is left out by itself.
-func containerModules() moduleSet {
-	return moduleSet{
-		Boot: []string{
-			"virtio_pci", "virtio_console", "virtio_scsi", "sd_mod", "virtio_net", "erofs", "overlay", "ext4", "virtio_rng",
-		},
-		Lazy: map[string][]string{"virtiofs": {"virtiofs"}},
-	}
+	Auto []string            // loaded when the kernel asks; "DIR/*" is every module of a directory below kernel/
 }
 
 // modules are the files of a moduleSet and the order in which they load, as vmagent reads it.
 type modules struct {
-	files map[string][]byte   // by base name
+	files  map[string][]byte // by base name; those that load at boot or by feature
+	packed map[string][]byte // by base name; those that load only when the kernel asks
+	auto   autoload
+
 	Boot  []string            `json:"boot"`
 	Lazy  map[string][]string `json:"lazy"`
+	Nodes []deviceNode        `json:"nodes"`
 }
 
 func (m *modules) list() ([]byte, error) {
@@ -42,8 +38,17 @@ func (m *modules) list() ([]byte, error) {
 // moduleResolver finds modules and their dependencies in one kernel's tree.
 type moduleResolver struct {
 	files   map[string]treeFile // by normalized name
-	names   map[string]string   // normalized name to file name
+	names   map[string]string   // normalized name to path
 	builtin map[string]bool
+	read    map[string]*moduleInfo // by normalized name
+}
+
+// moduleInfo is a module's file, and what it says about itself.
+type moduleInfo struct {
+	data    []byte
+	depends []string // modules whose symbols it uses
+	before  []string // what it asks to be loaded before it; may be no module's name
+	aliases []string
 }
 
 // resolveModules computes the load order of a set: every module after those it depends on, each once.
@@ -52,31 +57,32 @@ func resolveModules(tree fileTree, dir string, set moduleSet) (*modules, error) 
 	if err != nil {
 		return nil, err
 	}
-	m := &modules{files: map[string][]byte{}, Boot: []string{}, Lazy: map[string][]string{}}
-	seen := map[string]bool{}
-	for _, name := range set.Boot {
-		if m.Boot, err = r.visit(m, m.Boot, seen, name); err != nil {
-			return nil, err
-		}
+	m := &modules{
+		files: map[string][]byte{}, packed: map[string][]byte{},
+		Boot: []string{}, Lazy: map[string][]string{}, Nodes: []deviceNode{},
 	}
+	seen := map[string]bool{}
+	if m.Boot, err = r.order(seen, set.Boot...); err != nil {
+		return nil, err
+	}
+	r.take(m.files, m.Boot)
 	for feature, names := range set.Lazy {
 		// Each feature stands on the boot set alone.
-		mine, order := map[string]bool{}, []string{}
-		for name := range seen {
-			mine[name] = true
+		if m.Lazy[feature], err = r.order(maps.Clone(seen), names...); err != nil {
+			return nil, err
 		}
-		for _, name := range names {
-			if order, err = r.visit(m, order, mine, name); err != nil {
-				return nil, err
-			}
-		}
-		m.Lazy[feature] = order
+		r.take(m.files, m.Lazy[feature])
+	}
+	if err := r.autoload(m, dir, seen, set.Auto); err != nil {
+		return nil, err
 	}
 	return m, nil
 }
 
 func newModuleResolver(tree fileTree, dir string) (*moduleResolver, error) {
-	r := &moduleResolver{files: map[string]treeFile{}, names: map[string]string{}, builtin: map[string]bool{}}
+	r := &moduleResolver{
+		files: map[string]treeFile{}, names: map[string]string{}, builtin: map[string]bool{}, read: map[string]*moduleInfo{},
+	}
 	list, ok := tree[path.Join(dir, "modules.builtin")]
 	if !ok {
 		return nil, fmt.Errorf("%s/modules.builtin: %w", dir, errNoFile)
@@ -87,7 +93,7 @@ func newModuleResolver(tree fileTree, dir string) (*moduleResolver, error) {
 	for name, f := range tree {
 		if strings.HasPrefix(name, dir+"/kernel/") && strings.Contains(path.Base(name), ".ko") {
 			key := moduleName(name)
-			r.files[key], r.names[key] = f, path.Base(name)
+			r.files[key], r.names[key] = f, name
 		}
 	}
 	return r, nil
@@ -99,37 +105,73 @@ func moduleName(file string) string {
 	return strings.ReplaceAll(base, "-", "_")
 }
 
-func (r *moduleResolver) visit(m *modules, order []string, seen map[string]bool, name string) ([]string, error) {
+// order gives the files of modules and of what they need, without those seen before.
+func (r *moduleResolver) order(seen map[string]bool, names ...string) ([]string, error) {
+	order := []string{}
+	for _, name := range names {
+		var err error
+		if order, err = r.visit(order, seen, name); err != nil {
+			return nil, err
+		}
+	}
+	return order, nil
+}
+
+func (r *moduleResolver) visit(order []string, seen map[string]bool, name string) ([]string, error) {
 	name = moduleName(name)
 	if seen[name] || r.builtin[name] {
 		return order, nil
 	}
 	seen[name] = true
+	info, err := r.info(name)
+	if err != nil {
+		return nil, err
+	}
+	for _, dep := range info.depends {
+		if order, err = r.visit(order, seen, dep); err != nil {
+			return nil, err
+		}
+	}
+	for _, dep := range info.before {
+		if _, ok := r.files[moduleName(dep)]; !ok {
+			continue // an alias, for which the kernel asks by itself
+		}
+		if order, err = r.visit(order, seen, dep); err != nil {
+			return nil, err
+		}
+	}
+	return append(order, name+".ko"), nil
+}
+
+// take copies the content of files that order has listed.
+func (r *moduleResolver) take(to map[string][]byte, files []string) {
+	for _, file := range files {
+		to[file] = r.read[moduleName(file)].data
+	}
+}
+
+func (r *moduleResolver) info(name string) (*moduleInfo, error) {
+	if info, ok := r.read[name]; ok {
+		return info, nil
+	}
 	f, ok := r.files[name]
 	if !ok {
 		return nil, fmt.Errorf("module %s is neither in the kernel nor beside it: %w", name, errNoFile)
 	}
-	data, err := uncompressModule(r.names[name], f.data)
+	data, err := uncompressModule(path.Base(r.names[name]), f.data)
 	if err != nil {
 		return nil, fmt.Errorf("module %s: %w", name, err)
 	}
-	deps, err := moduleDepends(data)
+	info, err := readModuleInfo(data)
 	if err != nil {
 		return nil, fmt.Errorf("module %s: %w", name, err)
 	}
-	for _, dep := range deps {
-		if order, err = r.visit(m, order, seen, dep); err != nil {
-			return nil, err
-		}
-	}
-	file := name + ".ko"
-	m.files[file] = data
-	return append(order, file), nil
+	r.read[name] = info
+	return info, nil
 }
 
-// moduleDepends reads what a module says about itself: the modules whose symbols it uses, and those that
-// it asks to be loaded before it, which may have been built in.
-func moduleDepends(data []byte) ([]string, error) {
+// readModuleInfo reads a module's section .modinfo: strings KEY=VALUE, each ended by a zero byte.
+func readModuleInfo(data []byte) (*moduleInfo, error) {
 	f, err := elf.NewFile(bytes.NewReader(data))
 	if err != nil {
 		return nil, err
@@ -138,16 +180,24 @@ func moduleDepends(data []byte) ([]string, error) {
 	if section == nil {
 		return nil, errors.New("it has no section .modinfo")
 	}
-	info, err := section.Data()
+	text, err := section.Data()
 	if err != nil {
 		return nil, err
 	}
-	var deps []string
-	for entry := range strings.SplitSeq(string(info), "\x00") {
-		if list, ok := strings.CutPrefix(entry, "depends="); ok && list != "" {
-			deps = append(deps, strings.Split(list, ",")...)
+	info := &moduleInfo{data: data}
+	for entry := range strings.SplitSeq(string(text), "\x00") {
+		key, value, _ := strings.Cut(entry, "=")
+		switch {
+		case value == "":
+		case key == "depends":
+			info.depends = append(info.depends, strings.Split(value, ",")...)
+		case key == "alias":
+			info.aliases = append(info.aliases, value)
+		case key == "softdep":
+			before, _, _ := strings.Cut(value, "post:")
+			info.before = append(info.before, strings.Fields(strings.TrimPrefix(before, "pre:"))...)
 		}
 	}
-	slices.Sort(deps)
-	return deps, nil
+	slices.Sort(info.depends)
+	return info, nil
 }
