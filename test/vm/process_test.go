@@ -110,8 +110,10 @@ func TestSecurity(t *testing.T) {
 		{"drop all", func(s *runtimeapi.LinuxContainerSecurityContext) {
 			s.Capabilities = &runtimeapi.Capability{AddCapabilities: []string{"NET_RAW"}, DropCapabilities: []string{"ALL"}}
 		}, capabilities, fmt.Sprintf("%016x", netRaw)},
-		{"no new privileges", func(s *runtimeapi.LinuxContainerSecurityContext) { s.NoNewPrivs = true },
-			"grep NoNewPrivs /proc/self/status | cut -f2", "1"},
+		{
+			"no new privileges", func(s *runtimeapi.LinuxContainerSecurityContext) { s.NoNewPrivs = true },
+			"grep NoNewPrivs /proc/self/status | cut -f2", "1",
+		},
 		{"new privileges", func(*runtimeapi.LinuxContainerSecurityContext) {}, "grep NoNewPrivs /proc/self/status | cut -f2", "0"},
 		{"seccomp default", func(s *runtimeapi.LinuxContainerSecurityContext) {
 			s.Seccomp = &runtimeapi.SecurityProfile{ProfileType: runtimeapi.SecurityProfile_RuntimeDefault}
@@ -119,12 +121,18 @@ func TestSecurity(t *testing.T) {
 		{"seccomp unconfined", func(s *runtimeapi.LinuxContainerSecurityContext) {
 			s.Seccomp = &runtimeapi.SecurityProfile{ProfileType: runtimeapi.SecurityProfile_Unconfined}
 		}, "grep Seccomp: /proc/self/status | cut -f2", "0"},
-		{"privileged", func(s *runtimeapi.LinuxContainerSecurityContext) { s.Privileged = true },
-			"mkdir /m && mount -t tmpfs none /m && test -c /dev/kmsg && echo may mount", "may mount"},
-		{"not privileged", func(*runtimeapi.LinuxContainerSecurityContext) {},
-			"mkdir /m && mount -t tmpfs none /m 2>/dev/null || test -c /dev/kmsg || echo may not", "may not"},
-		{"read-only root", func(s *runtimeapi.LinuxContainerSecurityContext) { s.ReadonlyRootfs = true },
-			"touch /file 2>&1; touch /dev/shm/file && echo shm", "touch: /file: Read-only file system\nshm"},
+		{
+			"privileged", func(s *runtimeapi.LinuxContainerSecurityContext) { s.Privileged = true },
+			"mkdir /m && mount -t tmpfs none /m && test -c /dev/kmsg && echo may mount", "may mount",
+		},
+		{
+			"not privileged", func(*runtimeapi.LinuxContainerSecurityContext) {},
+			"mkdir /m && mount -t tmpfs none /m 2>/dev/null || test -c /dev/kmsg || echo may not", "may not",
+		},
+		{
+			"read-only root", func(s *runtimeapi.LinuxContainerSecurityContext) { s.ReadonlyRootfs = true },
+			"touch /file 2>&1; touch /dev/shm/file && echo shm", "touch: /file: Read-only file system\nshm",
+		},
 		{"masked paths", func(s *runtimeapi.LinuxContainerSecurityContext) {
 			s.MaskedPaths, s.ReadonlyPaths = []string{"/proc/meminfo", "/proc/scsi"}, []string{"/proc/sys"}
 		}, "wc -c < /proc/meminfo; ls /proc/scsi; (echo x > /proc/sys/kernel/hostname) 2>&1 | grep -o Read-only", "0\nRead-only"},

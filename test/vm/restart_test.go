@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -260,9 +261,9 @@ func emptyState(t *testing.T, dir string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for i := len(mounts) - 1; i >= 0; i-- {
-		if err := unix.Unmount(mounts[i].Mountpoint, unix.MNT_DETACH); err != nil {
-			t.Fatalf("unmount %s: %v", mounts[i].Mountpoint, err)
+	for _, mount := range slices.Backward(mounts) {
+		if err := unix.Unmount(mount.Mountpoint, unix.MNT_DETACH); err != nil {
+			t.Fatalf("unmount %s: %v", mount.Mountpoint, err)
 		}
 	}
 	if err := os.RemoveAll(dir); err != nil {
