@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/containerd/errdefs"
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -40,10 +41,23 @@ func (c *container) deliver(ctx context.Context, g *guest, client agentClient) e
 	if !slices.ContainsFunc(spec.Mounts, func(m resolvedMount) bool { return m.Via == viaShare }) {
 		return nil
 	}
-	if err := c.share(); err != nil {
-		return err
+	return c.pod.with(g, func() error {
+		if err := c.share(); err != nil {
+			return err
+		}
+		return g.mountShare(ctx, client)
+	})
+}
+
+// with does something for a guest while nothing can tear the pod down: what is bound into the shared tree during a teardown
+// would be left over, or worse, deleted with the tree.
+func (p *pod) with(g *guest, do func() error) error {
+	p.life.Lock()
+	defer p.life.Unlock()
+	if p.currentGuest() != g {
+		return errGuestGone{errors.New("it was torn down meanwhile")}
 	}
-	return g.mountShare(ctx, client)
+	return do()
 }
 
 // createRequest is the container as the agent wants it.
@@ -65,6 +79,9 @@ func (c *container) createRequest() (*agentpb.CreateContainerRequest, error) {
 	for _, v := range spec.Volumes {
 		req.Images = append(req.Images, &agentpb.ImageMount{Name: v.Name, Disk: v.Serial})
 	}
+	if req.Submounts, err = c.submounts(); err != nil {
+		return nil, err
+	}
 	switch ns := security.GetNamespaceOptions(); ns.GetPid() {
 	case runtimeapi.NamespaceMode_POD:
 		req.PidNamespace = agentpb.PidNamespace_PID_NAMESPACE_POD
@@ -74,6 +91,25 @@ func (c *container) createRequest() (*agentpb.CreateContainerRequest, error) {
 		req.PidNamespace = agentpb.PidNamespace_PID_NAMESPACE_CONTAINER
 	}
 	return req, nil
+}
+
+// submounts are the guest paths of mounts inside directories that are shared read-only, but not recursively so.
+func (c *container) submounts() ([]string, error) {
+	var out []string
+	for _, m := range c.rec.Spec().Mounts {
+		if m.Via != viaShare || !m.ReadOnly || m.RecursiveReadOnly {
+			continue
+		}
+		root := filepath.Join(c.pod.shareDir(), m.Name)
+		infos, err := mountinfo.GetMounts(mountinfo.PrefixFilter(root))
+		if err != nil {
+			return nil, err
+		}
+		for _, i := range infos {
+			out = append(out, filepath.Join(m.GuestPath, strings.TrimPrefix(i.Mountpoint, root)))
+		}
+	}
+	return out, nil
 }
 
 // pushFiles makes the guest's copy of a small file or tree equal to the node's.
@@ -172,6 +208,8 @@ func (p *pod) makeShareTree() error {
 	return nil
 }
 
+// bindShare makes a mount's source appear in the shared tree. It is attached when it is as it has to be: what is changed
+// later does not reach a virtiofsd that serves already.
 func bindShare(target string, m resolvedMount) error {
 	if mounted, err := mountinfo.Mounted(target); err == nil && mounted {
 		return nil
@@ -179,40 +217,36 @@ func bindShare(target string, m resolvedMount) error {
 	if err := makeTarget(target, m.HostPath); err != nil {
 		return err
 	}
-	if err := unix.Mount(m.HostPath, target, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
-		return &fs.PathError{Op: "bind", Path: target, Err: err}
+	fd, err := unix.OpenTree(unix.AT_FDCWD, m.HostPath, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_RECURSIVE)
+	if err != nil {
+		return &fs.PathError{Op: "open_tree", Path: m.HostPath, Err: err}
 	}
-	propagation := uintptr(unix.MS_PRIVATE)
-	if m.Slave {
-		propagation = unix.MS_SLAVE
+	tree := os.NewFile(uintptr(fd), m.HostPath)
+	defer func() { _ = tree.Close() }()
+	if err := prepareShare(fd, m); err != nil {
+		return &fs.PathError{Op: "mount_setattr", Path: m.HostPath, Err: err}
 	}
-	if err := unix.Mount("", target, "", propagation|unix.MS_REC, ""); err != nil {
-		return &fs.PathError{Op: "set propagation", Path: target, Err: err}
-	}
-	if m.Slave {
-		// Shared again below, so that what appears here goes on to virtiofsd.
-		if err := unix.Mount("", target, "", unix.MS_SHARED|unix.MS_REC, ""); err != nil {
-			return &fs.PathError{Op: "set propagation", Path: target, Err: err}
-		}
-	}
-	return readOnlyShare(target, m)
-}
-
-// readOnlyShare makes a read-only mount read-only on the node too, so that the guest's kernel need not be
-// trusted with it.
-func readOnlyShare(target string, m resolvedMount) error {
-	if !m.ReadOnly {
-		return nil
-	}
-	flags := uint(0)
-	if m.RecursiveReadOnly {
-		flags = unix.AT_RECURSIVE
-	}
-	attr := &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}
-	if err := unix.MountSetattr(unix.AT_FDCWD, target, flags, attr); err != nil {
-		return &fs.PathError{Op: "make read-only", Path: target, Err: err}
+	if err := unix.MoveMount(fd, "", unix.AT_FDCWD, target, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+		return &fs.PathError{Op: "move_mount", Path: target, Err: err}
 	}
 	return nil
+}
+
+// prepareShare cuts a tree off from the node's later mounts, or lets them in, and makes a read-only one read-only on the
+// node too, so that the guest's kernel need not be trusted with it.
+func prepareShare(fd int, m resolvedMount) error {
+	propagation := &unix.MountAttr{Propagation: unix.MS_PRIVATE}
+	if m.Slave {
+		propagation.Propagation = unix.MS_SLAVE
+	}
+	if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH|unix.AT_RECURSIVE, propagation); err != nil || !m.ReadOnly {
+		return err
+	}
+	flags := uint(unix.AT_EMPTY_PATH)
+	if m.RecursiveReadOnly {
+		flags |= unix.AT_RECURSIVE
+	}
+	return unix.MountSetattr(fd, "", flags, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY})
 }
 
 func makeTarget(target, source string) error {
@@ -223,7 +257,7 @@ func makeTarget(target, source string) error {
 	if info.IsDir() {
 		return os.MkdirAll(target, 0o755)
 	}
-	f, err := os.OpenFile(target, os.O_CREATE|os.O_RDONLY, 0o644)
+	f, err := os.OpenFile(target, os.O_CREATE|os.O_RDONLY|nofollow, 0o644)
 	if err != nil {
 		return err
 	}
@@ -249,12 +283,9 @@ func (c *container) unshare() error {
 	return errors.Join(errs...)
 }
 
-// unmountBelow unmounts a directory and all below it, the deepest and latest first. The tree's own files are safe: what
-// is removed afterwards is never behind a mount.
+// unmountBelow unmounts a directory and all below it, the deepest and latest first.
 func unmountBelow(dir string) error {
-	infos, err := mountinfo.GetMounts(func(i *mountinfo.Info) (skip, stop bool) {
-		return i.Mountpoint != dir && !strings.HasPrefix(i.Mountpoint, dir+"/"), false
-	})
+	infos, err := mountsBelow(dir)
 	if err != nil {
 		return err
 	}
@@ -265,6 +296,37 @@ func unmountBelow(dir string) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// mountsBelow lists the mounts on a directory and below it. The kernel tells them by their real paths.
+func mountsBelow(dir string) ([]*mountinfo.Info, error) {
+	parent, err := filepath.EvalSymlinks(filepath.Dir(dir))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	dir = filepath.Join(parent, filepath.Base(dir))
+	return mountinfo.GetMounts(func(i *mountinfo.Info) (skip, stop bool) {
+		return i.Mountpoint != dir && !strings.HasPrefix(i.Mountpoint, dir+"/"), false
+	})
+}
+
+// removeRunDir removes a pod's run directory with the shared tree in it. Behind a mount that is left lie the node's own
+// files: then nothing is removed.
+func removeRunDir(dir string) error {
+	if err := unmountBelow(dir); err != nil {
+		return err
+	}
+	left, err := mountsBelow(dir)
+	if err != nil {
+		return err
+	}
+	if len(left) > 0 {
+		return fmt.Errorf("%s is still mounted; %s is kept: %w", left[0].Mountpoint, dir, errdefs.ErrFailedPrecondition)
+	}
+	return os.RemoveAll(dir)
 }
 
 // shareSpec describes the virtiofsd that serves the pod's shared tree.

@@ -967,8 +967,11 @@ type CreateContainerRequest struct {
 	PidTargetContainer string       `protobuf:"bytes,9,opt,name=pid_target_container,json=pidTargetContainer,proto3" json:"pid_target_container,omitempty"`
 	// Bound of unacknowledged output, for each stream; 0 is 1 MiB.
 	OutputBufferBytes int64 `protobuf:"varint,10,opt,name=output_buffer_bytes,json=outputBufferBytes,proto3" json:"output_buffer_bytes,omitempty"`
-	unknownFields     protoimpl.UnknownFields
-	sizeCache         protoimpl.SizeCache
+	// Guest paths of mounts inside shared directories. virtiofs shows them when they are entered, with the flags of the
+	// mount that they are entered by: entering them here first keeps them writable below a mount that is read-only.
+	Submounts     []string `protobuf:"bytes,11,rep,name=submounts,proto3" json:"submounts,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CreateContainerRequest) Reset() {
@@ -1069,6 +1072,13 @@ func (x *CreateContainerRequest) GetOutputBufferBytes() int64 {
 		return x.OutputBufferBytes
 	}
 	return 0
+}
+
+func (x *CreateContainerRequest) GetSubmounts() []string {
+	if x != nil {
+		return x.Submounts
+	}
+	return nil
 }
 
 type ImageMount struct {
@@ -2928,7 +2938,7 @@ const file_agent_proto_rawDesc = "" +
 	"\x0fGetFileResponse\x12\x12\n" +
 	"\x04data\x18\x01 \x01(\fR\x04data\"%\n" +
 	"\x11MountShareRequest\x12\x10\n" +
-	"\x03tag\x18\x01 \x01(\tR\x03tag\"\xa3\x03\n" +
+	"\x03tag\x18\x01 \x01(\tR\x03tag\"\xc1\x03\n" +
 	"\x16CreateContainerRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x19\n" +
 	"\boci_spec\x18\x02 \x01(\fR\aociSpec\x12\x1f\n" +
@@ -2942,7 +2952,8 @@ const file_agent_proto_rawDesc = "" +
 	"\rpid_namespace\x18\b \x01(\x0e2 .vmruntime.agent.v1.PidNamespaceR\fpidNamespace\x120\n" +
 	"\x14pid_target_container\x18\t \x01(\tR\x12pidTargetContainer\x12.\n" +
 	"\x13output_buffer_bytes\x18\n" +
-	" \x01(\x03R\x11outputBufferBytes\"4\n" +
+	" \x01(\x03R\x11outputBufferBytes\x12\x1c\n" +
+	"\tsubmounts\x18\v \x03(\tR\tsubmounts\"4\n" +
 	"\n" +
 	"ImageMount\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
