@@ -136,7 +136,29 @@ func oneFile(path string) ([]*agentpb.FileEntry, error) {
 	return []*agentpb.FileEntry{{Path: ".", Mode: unix.S_IFDIR | 0o755}, e}, nil
 }
 
-func readTree(dir string) ([]*agentpb.FileEntry, error) {
+// readAttempts is how often a tree is read that is replaced meanwhile.
+const readAttempts = 5
+
+// readTree reads a volume as it was at one moment: the kubelet replaces the link "..data" to do so, and removes the
+// directory that it led to. A volume without that link is not replaced as a whole.
+func readTree(dir string) (out []*agentpb.FileEntry, err error) {
+	for range readAttempts {
+		before, _ := os.Readlink(filepath.Join(dir, dataLink))
+		out, err = walkTree(dir)
+		after, _ := os.Readlink(filepath.Join(dir, dataLink))
+		if before == after && !errors.Is(err, fs.ErrNotExist) {
+			return out, err
+		}
+	}
+	if err == nil {
+		err = fmt.Errorf("%s is replaced all the time: %w", dir, errdefs.ErrUnavailable)
+	}
+	return nil, err
+}
+
+const dataLink = "..data"
+
+func walkTree(dir string) ([]*agentpb.FileEntry, error) {
 	var out []*agentpb.FileEntry
 	err := filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
 		if err != nil {
@@ -147,11 +169,11 @@ func readTree(dir string) ([]*agentpb.FileEntry, error) {
 			return err
 		}
 		e, err := fileEntry(rel, path)
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil // replaced while we read; the watch brings the new one
+		if err != nil {
+			return err
 		}
 		out = append(out, e)
-		return err
+		return nil
 	})
 	return out, err
 }

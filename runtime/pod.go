@@ -310,9 +310,8 @@ func (p *pod) teardown(ctx context.Context) error {
 	return errors.Join(
 		p.endGuest(ctx, p.currentGuest()),
 		p.rt.net.Teardown(ctx, p.networkRequest()),
-		unmountBelow(p.runDir()),
+		removeRunDir(p.runDir()),
 		p.rt.images.RemoveScratch(p.id),
 		p.cgroup().Delete(),
-		os.RemoveAll(p.runDir()),
 	)
 }

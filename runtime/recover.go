@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -73,7 +74,20 @@ func (rt *Runtime) loadRecords() ([]string, error) {
 			p.log.Error("two records have one name", "error", err)
 		}
 	}
-	return broken, rt.loadContainers()
+	return broken, errors.Join(rt.loadContainers(), rt.sweepLogRecords())
+}
+
+// sweepLogRecords removes what a killed daemon left of log records: temporary files, and those of containers that
+// are no more. Nothing writes there yet.
+func (rt *Runtime) sweepLogRecords() error {
+	dir := filepath.Join(rt.cfg.Server.Root, "logs")
+	names, err := dirNames(dir)
+	for _, name := range names {
+		if rt.containers[strings.TrimSuffix(name, ".json")] == nil {
+			err = errors.Join(err, os.Remove(filepath.Join(dir, name)))
+		}
+	}
+	return err
 }
 
 func (rt *Runtime) loadContainers() error {
@@ -126,7 +140,8 @@ func (rt *Runtime) recoverPod(ctx context.Context, p *pod) error {
 		// One that is there and does not answer is of no use to anyone.
 		killed := qemu.KillRecorded(ctx, *s.Guest.QEMU)
 		rt.endContainers(p, fmt.Errorf("the VM ended while the runtime was away: %w", err))
-		return killed
+		// virtiofsd, or a QEMU that was started just before it could be recorded.
+		return errors.Join(killed, p.cgroup().Kill(ctx))
 	}
 	g := newGuest(p, s.Guest.Boot, vm)
 	p.setGuest(g)
@@ -258,9 +273,8 @@ func (rt *Runtime) sweepPod(ctx context.Context, id string) error {
 	return errors.Join(
 		cgroup.KillOrphan(ctx, id),
 		rt.net.Teardown(ctx, network.Request{ID: id}),
-		unmountBelow(dir),
+		removeRunDir(dir),
 		rt.images.RemoveScratch(id),
-		os.RemoveAll(dir),
 		rt.podStore.Remove(id),
 	)
 }
