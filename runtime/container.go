@@ -244,11 +244,12 @@ func (rt *Runtime) RemoveContainer(ctx context.Context, req *runtimeapi.RemoveCo
 }
 
 func (rt *Runtime) removeContainer(ctx context.Context, c *container) error {
+	// Under the lock, so that a start that runs has come to its end and is not missed.
+	c.life.Lock()
+	defer c.life.Unlock()
 	if err := c.kill(ctx); err != nil {
 		return err
 	}
-	c.life.Lock()
-	defer c.life.Unlock()
 	if err := c.forget(ctx); err != nil {
 		return err
 	}

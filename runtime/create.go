@@ -73,10 +73,22 @@ func (rt *Runtime) createContainer(ctx context.Context, p *pod, id string, cfg *
 		return nil, err
 	}
 	c := rt.newContainer(p, rec)
+	if !rt.addContainer(c) {
+		return nil, errors.Join(fmt.Errorf("sandbox %s was stopped meanwhile: %w", p.id, errdefs.ErrFailedPrecondition), rt.containerStore.Remove(id))
+	}
+	return c, nil
+}
+
+// addContainer makes a container known, unless its sandbox was stopped: whoever removes a stopped sandbox has seen all of
+// its containers.
+func (rt *Runtime) addContainer(c *container) bool {
 	rt.mu.Lock()
 	defer rt.mu.Unlock()
-	rt.containers[id] = c
-	return c, nil
+	if !c.pod.rec.Status().StoppedAt.IsZero() {
+		return false
+	}
+	rt.containers[c.id] = c
+	return true
 }
 
 // resolveImage finds the image as containerd's CRI knows it, and pins its root filesystem for the container.

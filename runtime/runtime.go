@@ -17,6 +17,7 @@ import (
 	"sync"
 
 	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/errdefs"
 	"google.golang.org/grpc"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -160,7 +161,10 @@ func (rt *Runtime) podByID(id string) (*pod, error) {
 	}
 	rt.mu.RLock()
 	defer rt.mu.RUnlock()
-	return rt.pods[full], nil
+	if p := rt.pods[full]; p != nil {
+		return p, nil
+	}
+	return nil, fmt.Errorf("sandbox %q was removed meanwhile: %w", id, errdefs.ErrNotFound)
 }
 
 func (rt *Runtime) containerByID(id string) (*container, error) {
@@ -170,7 +174,10 @@ func (rt *Runtime) containerByID(id string) (*container, error) {
 	}
 	rt.mu.RLock()
 	defer rt.mu.RUnlock()
-	return rt.containers[full], nil
+	if c := rt.containers[full]; c != nil {
+		return c, nil
+	}
+	return nil, fmt.Errorf("container %q was removed meanwhile: %w", id, errdefs.ErrNotFound)
 }
 
 // podIDMatches tells whether a filter's ID, which may be a unique prefix, means this sandbox.
