@@ -2,7 +2,10 @@ package runtime
 
 import (
 	"context"
+	"errors"
+	"io/fs"
 	"log/slog"
+	"strings"
 	"sync"
 	"time"
 
@@ -19,11 +22,17 @@ type projections struct {
 	owned   sync.WaitGroup
 
 	mu     sync.Mutex
-	mounts map[string]resolvedMount // by directory and name
+	mounts map[string]resolvedMount // by name
+	dirty  map[string]bool          // names that are to be pushed
+	wake   chan struct{}            // that there is a dirty one
 }
 
-// settle is how long a directory must be quiet before it is read: the kubelet writes several entries.
-const settle = 50 * time.Millisecond
+const (
+	// settle is how long a directory must be quiet before it is read: the kubelet writes several entries.
+	settle = 50 * time.Millisecond
+	// retry is how long after a push that failed it is tried again.
+	retry = 5 * time.Second
+)
 
 func newProjections(parent context.Context, log *slog.Logger, push func(context.Context, resolvedMount) error) (*projections, error) {
 	w, err := fsnotify.NewWatcher()
@@ -31,7 +40,10 @@ func newProjections(parent context.Context, log *slog.Logger, push func(context.
 		return nil, err
 	}
 	ctx, cancel := context.WithCancel(parent)
-	p := &projections{log: log, push: push, watcher: w, cancel: cancel, mounts: make(map[string]resolvedMount)}
+	p := &projections{
+		log: log, push: push, watcher: w, cancel: cancel,
+		mounts: make(map[string]resolvedMount), dirty: make(map[string]bool), wake: make(chan struct{}, 1),
+	}
 	p.owned.Go(func() { p.run(ctx) })
 	return p, nil
 }
@@ -42,17 +54,27 @@ func (p *projections) close() {
 	_ = p.watcher.Close()
 }
 
+// add watches a volume, and pushes it once: what changed before the watch began is not seen by it.
 func (p *projections) add(m resolvedMount) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if err := p.watcher.Add(m.HostPath); err != nil {
+		return err
+	}
 	p.mounts[m.Name] = m
-	return p.watcher.Add(m.HostPath)
+	p.dirty[m.Name] = true
+	select {
+	case p.wake <- struct{}{}:
+	default:
+	}
+	return nil
 }
 
 func (p *projections) remove(m resolvedMount) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	delete(p.mounts, m.Name)
+	delete(p.dirty, m.Name)
 	for _, other := range p.mounts {
 		if other.HostPath == m.HostPath {
 			return
@@ -62,53 +84,79 @@ func (p *projections) remove(m resolvedMount) {
 }
 
 func (p *projections) run(ctx context.Context) {
-	dirty := make(map[string]bool)
 	quiet := time.NewTimer(time.Hour)
 	defer quiet.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
+		case <-p.wake:
+			quiet.Reset(settle)
 		case ev, ok := <-p.watcher.Events:
 			if !ok {
 				return
 			}
-			p.markDirty(dirty, ev.Name)
+			p.markDirty(ev.Name)
 			quiet.Reset(settle)
 		case err, ok := <-p.watcher.Errors:
 			if !ok {
 				return
 			}
-			p.log.Warn("watching projected volumes", "error", err)
+			p.log.Warn("watching projected volumes; all are read again", "error", err)
+			p.markDirty("")
+			quiet.Reset(settle)
 		case <-quiet.C:
-			p.pushAll(ctx, dirty)
+			if !p.pushDirty(ctx) {
+				quiet.Reset(retry)
+			}
 		}
 	}
 }
 
-func (p *projections) markDirty(dirty map[string]bool, path string) {
+// markDirty notes the volumes that a path is in; without a path, all of them.
+func (p *projections) markDirty(path string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for name, m := range p.mounts {
-		if len(path) >= len(m.HostPath) && path[:len(m.HostPath)] == m.HostPath {
-			dirty[name] = true
+		if path == "" || path == m.HostPath || strings.HasPrefix(path, m.HostPath+"/") {
+			p.dirty[name] = true
 		}
 	}
 }
 
-func (p *projections) pushAll(ctx context.Context, dirty map[string]bool) {
-	for name := range dirty {
-		delete(dirty, name)
-		p.mu.Lock()
-		m, ok := p.mounts[name]
-		p.mu.Unlock()
-		if !ok {
-			continue
-		}
-		if err := p.push(ctx, m); err != nil {
-			p.log.Warn("updating a projected volume in the guest", "volume", m.HostPath, "error", err)
+// takeDirty gives the volumes that are to be pushed.
+func (p *projections) takeDirty() []resolvedMount {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var out []resolvedMount
+	for name := range p.dirty {
+		if m, ok := p.mounts[name]; ok {
+			out = append(out, m)
 		}
 	}
+	clear(p.dirty)
+	return out
+}
+
+// pushDirty tells whether nothing is left to be tried again. A volume that is gone from the node, and a guest that
+// has ended, need no more.
+func (p *projections) pushDirty(ctx context.Context) bool {
+	done := true
+	for _, m := range p.takeDirty() {
+		err := p.push(ctx, m)
+		if err == nil || ctx.Err() != nil {
+			continue
+		}
+		p.log.Warn("updating a projected volume in the guest", "volume", m.HostPath, "error", err)
+		if errors.As(err, new(errGuestGone)) || errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		done = false
+		p.mu.Lock()
+		p.dirty[m.Name] = true
+		p.mu.Unlock()
+	}
+	return done
 }
 
 // watchProjections begins to keep a container's pushed volumes live.
