@@ -197,8 +197,12 @@ func endOfGuest(err error) containerEnd {
 	return end
 }
 
-// finish records the end of a container, once, and tells everyone who waits for it.
+// finish records the end of a container, once, and tells everyone who waits for it. The log is complete before the end
+// is told: whoever hears of it reads the log.
 func (c *container) finish(end containerEnd) {
+	if err := c.logs.close(); err != nil {
+		c.log.Error("closing the container's log", "error", err)
+	}
 	err := c.rec.Update(func(s *containerStatus) error {
 		if !s.FinishedAt.IsZero() {
 			return nil
@@ -208,9 +212,6 @@ func (c *container) finish(end containerEnd) {
 	})
 	if err != nil {
 		c.log.Error("recording the container's end", "error", err)
-	}
-	if err := c.logs.close(); err != nil {
-		c.log.Error("closing the container's log", "error", err)
 	}
 	c.output.close()
 	c.markExited()
