@@ -127,8 +127,11 @@ func (g *guest) connect(ctx context.Context, deadline time.Time) (*agent.Client,
 
 func (g *guest) configure(ctx context.Context, client *agent.Client) error {
 	info, err := client.Info(ctx, &agentpb.InfoRequest{})
-	if err != nil || info.GetConfigured() {
+	if err != nil {
 		return err
+	}
+	if info.GetConfigured() {
+		return g.pod.applyCPUQuota() // the last daemon may have ended before it could
 	}
 	req, err := g.pod.sandboxRequest()
 	if err != nil {
@@ -213,6 +216,9 @@ func (g *guest) session(ctx context.Context) (*agent.Client, error) {
 		select {
 		case <-changed:
 		case <-g.done:
+			if failure := g.failed(); failure != nil {
+				return nil, errGuestGone{failure}
+			}
 			return nil, fmt.Errorf("the runtime is stopping: %w", errdefs.ErrUnavailable)
 		case <-ctx.Done():
 			return nil, fmt.Errorf("waiting for the guest's agent: %w", ctx.Err())
@@ -226,10 +232,14 @@ func (g *guest) alive() bool {
 	case <-g.vm.Done():
 		return false
 	default:
-		g.mu.Lock()
-		defer g.mu.Unlock()
-		return g.failure == nil
+		return g.failed() == nil
 	}
+}
+
+func (g *guest) failed() error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.failure
 }
 
 // plugDisk makes an image's EROFS file a disk of the guest, once.
