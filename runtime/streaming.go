@@ -202,7 +202,7 @@ func (rt *Runtime) ExecSync(ctx context.Context, req *runtimeapi.ExecSyncRequest
 	}
 	var stdout, stderr limitedBuffer
 	code, err := c.exec(ctx, req.GetCmd(), execIO{stdout: &stdout, stderr: &stderr})
-	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+	if err != nil && errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		return nil, fmt.Errorf("command %q in container %s: timeout of %d s exceeded, the command was killed: %w", req.GetCmd(), c.id, req.GetTimeout(), context.DeadlineExceeded)
 	}
 	if err != nil {

@@ -26,6 +26,9 @@ func (rt *Runtime) UpdateContainerResources(ctx context.Context, req *runtimeapi
 		return nil, fmt.Errorf("container %s has exited; its resources cannot change: %w", c.id, errdefs.ErrFailedPrecondition)
 	}
 	limits := c.resources()
+	if len(req.GetLinux().GetHugepageLimits()) > 0 {
+		limits.HugepageLimits = nil // Merge would append
+	}
 	proto.Merge(limits, req.GetLinux())
 	if s.running() {
 		if err := c.applyResources(ctx, limits); err != nil {
