@@ -30,6 +30,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 	"github.com/pelletier/go-toml/v2"
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -91,6 +92,7 @@ type bed struct {
 	control *controlServer
 	dir     string
 	config  []byte // vmruntime's configuration, as the node and we have made it
+	records string // the directory of vmruntime's records, a mount
 }
 
 // Paths of the bed. The program lies where QEMU's would, and with what it needs beside it.
@@ -98,7 +100,6 @@ func (b *bed) qemu() string       { return filepath.Join(b.dir, "qemu", "bin", "
 func (b *bed) guestDir() string   { return filepath.Join(b.dir, "guest") }
 func (b *bed) cniDir() string     { return filepath.Join(b.dir, "cni-bin") }
 func (b *bed) configFile() string { return filepath.Join(b.Root, "vmruntime", "vmruntime.toml") }
-func (b *bed) recordRoot() string { return filepath.Join(b.Root, "vmruntime", "root") }
 
 func newBed() (*bed, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
@@ -169,8 +170,15 @@ func (b *bed) startNode(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	root, err := os.MkdirTemp("", "vmr-") // short: sockets lie below it
+	if err != nil {
+		return err
+	}
+	if err := b.mountRecords(root); err != nil {
+		return errors.Join(err, os.RemoveAll(root))
+	}
 	b.Node, err = node.Start(ctx, node.Options{
-		Registry:  handler,
+		Root: root, Registry: handler,
 		VMRuntime: filepath.Join(b.dir, "vmruntime"), GuestDir: b.guestDir(), LogLevel: "debug",
 	})
 	if err != nil {
@@ -194,6 +202,16 @@ func (b *bed) startNode(ctx context.Context) error {
 		return err
 	}
 	return b.pull(ctx)
+}
+
+// mountRecords makes vmruntime's directory of records a mount of its own, before the node is there, which then takes it as
+// a part of itself. See gate.
+func (b *bed) mountRecords(root string) error {
+	b.records = filepath.Join(root, "vmruntime", "root")
+	if err := os.MkdirAll(b.records, 0o711); err != nil {
+		return err
+	}
+	return unix.Mount(b.records, b.records, "", unix.MS_BIND, "")
 }
 
 // linkPlugins makes a directory of CNI plugins of which a script may break one.
@@ -239,7 +257,8 @@ func (b *bed) pull(ctx context.Context) error {
 func (b *bed) close() error {
 	var errs []error
 	if b.Node != nil {
-		errs = append(errs, b.Stop())
+		// Lazily: the daemon still has files open there.
+		errs = append(errs, unix.Unmount(b.records, unix.MNT_DETACH), b.Stop(), os.RemoveAll(b.Root))
 	}
 	return errors.Join(append(errs, b.control.close(), os.RemoveAll(b.dir))...)
 }

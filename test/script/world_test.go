@@ -8,10 +8,8 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -36,8 +34,7 @@ type world struct {
 
 	pods       map[string]*sandbox
 	containers map[string]*ctr
-
-	runs atomic.Int64 // of RunPodSandbox
+	lives      map[string]int // pods that were removed, by name
 
 	owned  sync.WaitGroup
 	mu     sync.Mutex
@@ -58,7 +55,7 @@ type ctr struct {
 }
 
 func newWorld(b *bed, logs string) *world {
-	return &world{bed: b, logs: logs, pods: make(map[string]*sandbox), containers: make(map[string]*ctr)}
+	return &world{bed: b, logs: logs, pods: make(map[string]*sandbox), containers: make(map[string]*ctr), lives: make(map[string]int)}
 }
 
 // startDaemon starts vmruntime with the given changes to its configuration, and listens to its events.
@@ -150,7 +147,7 @@ func (w *world) leaks(ctx context.Context) ([]string, error) {
 		return nil, err
 	}
 	for _, dir := range []string{
-		filepath.Join(w.bed.recordRoot(), "logs"), filepath.Join(w.bed.recordRoot(), "pods"), filepath.Join(w.bed.recordRoot(), "containers"),
+		filepath.Join(w.bed.records, "logs"), filepath.Join(w.bed.records, "pods"), filepath.Join(w.bed.records, "containers"),
 		filepath.Join(w.bed.Root, "run", "s", "pods"), filepath.Join(w.bed.Root, "run", "s", "netns"),
 	} {
 		entries, err := os.ReadDir(dir)
@@ -186,17 +183,21 @@ func call() (context.Context, context.CancelFunc) {
 	return context.WithTimeout(context.Background(), callTimeout)
 }
 
-func (w *world) run(name string, change ...func(*runtimeapi.PodSandboxConfig)) error {
-	p := &sandbox{name: name, cfg: &runtimeapi.PodSandboxConfig{
+// podConfig is that of a pod; each has a directory of logs for itself.
+func (w *world) podConfig(name string) *runtimeapi.PodSandboxConfig {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return &runtimeapi.PodSandboxConfig{
 		Metadata:     &runtimeapi.PodSandboxMetadata{Name: name, Namespace: "default", Uid: "uid-" + name},
 		Hostname:     name,
-		LogDirectory: filepath.Join(w.logs, name, strconv.Itoa(int(w.runs.Add(1)))), // as a kubelet has one for each pod's UID
+		LogDirectory: filepath.Join(w.logs, fmt.Sprintf("%s-%d", name, w.lives[name])),
 		DnsConfig:    &runtimeapi.DNSConfig{Servers: []string{"192.0.2.53"}},
 		Linux:        &runtimeapi.LinuxPodSandboxConfig{CgroupParent: w.bed.CgroupParent(), SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{}},
-	}}
-	for _, c := range change {
-		c(p.cfg)
 	}
+}
+
+func (w *world) run(name string) error {
+	p := &sandbox{name: name, cfg: w.podConfig(name)}
 	if err := os.MkdirAll(p.cfg.GetLogDirectory(), 0o755); err != nil {
 		return err
 	}
@@ -231,18 +232,22 @@ func (w *world) ctr(name string) (*ctr, error) {
 	return nil, fmt.Errorf("the script has no container %q", name)
 }
 
-func (w *world) create(pod, name string, script []string, change ...func(*runtimeapi.ContainerConfig)) error {
-	p, err := w.pod(pod)
-	if err != nil {
-		return err
-	}
-	c := &ctr{name: name, pod: p, cfg: &runtimeapi.ContainerConfig{
+func (w *world) containerConfig(name string, script []string) *runtimeapi.ContainerConfig {
+	return &runtimeapi.ContainerConfig{
 		Metadata: &runtimeapi.ContainerMetadata{Name: name},
 		Image:    &runtimeapi.ImageSpec{Image: testImage},
 		Command:  script,
 		LogPath:  name + ".log",
 		Linux:    &runtimeapi.LinuxContainerConfig{SecurityContext: &runtimeapi.LinuxContainerSecurityContext{}},
-	}}
+	}
+}
+
+func (w *world) create(pod, name string, script []string, change ...func(*runtimeapi.ContainerConfig)) error {
+	p, err := w.pod(pod)
+	if err != nil {
+		return err
+	}
+	c := &ctr{name: name, pod: p, cfg: w.containerConfig(name, script)}
 	for _, f := range change {
 		f(c.cfg)
 	}
@@ -311,6 +316,11 @@ func (w *world) removePod(name string) error {
 	ctx, cancel := call()
 	defer cancel()
 	_, err = w.rt.RemovePodSandbox(ctx, &runtimeapi.RemovePodSandboxRequest{PodSandboxId: p.id})
+	if err == nil {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.lives[name]++
+	}
 	return err
 }
 

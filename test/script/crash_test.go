@@ -1,0 +1,363 @@
+package script
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+const (
+	// crashSeed decides in which order the points are taken, crashPoints how many of them.
+	crashSeed   = 1
+	crashPoints = 36
+	// crashLimit ends the test early on a busy machine.
+	crashLimit = 75 * time.Second
+	// crashLines is what container a writes.
+	crashLines = 60
+)
+
+// The daemon is killed as it opens a file of its state: before and after records are written, while disks are made, while
+// logs are begun. The next one has to list what the client was told, the client repeats the call that got no answer and goes
+// on to the end of the pod's life, which has to be as if nothing had happened. Every third time the recovering
+// daemon is killed too.
+func TestCrash(t *testing.T) {
+	if noBed != "" {
+		t.Skip(noBed)
+	}
+	w := newWorld(theBed, t.TempDir())
+	if err := w.repair(); err != nil {
+		t.Fatal(err)
+	}
+	g, err := newGate(w.bed.records)
+	if errors.Is(err, errors.ErrUnsupported) {
+		t.Skipf("needs fanotify's permission events, to stop the daemon at a file: %v", err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	from := fileSize(w.bed.LogFile("vmruntime"))
+	defer func() {
+		if err := errors.Join(w.close(), g.close()); err != nil {
+			t.Error(err)
+		}
+		if t.Failed() {
+			t.Logf("vmruntime's log:\n%s", logFrom(w.bed.LogFile("vmruntime"), from))
+		}
+	}()
+	points := countPoints(t, w, g)
+	order := rand.New(rand.NewSource(crashSeed)).Perm(points)
+	deadline := time.Now().Add(crashLimit)
+	done := 0
+	for i, point := range order[:min(points, crashPoints)] {
+		if time.Now().After(deadline) {
+			break
+		}
+		again := -1
+		if i%3 == 0 {
+			again = i
+		}
+		if !t.Run(fmt.Sprintf("open-%d", point), func(t *testing.T) { crashAt(t, w, g, point, again) }) {
+			return // what is left would fail the next ones too
+		}
+		done++
+	}
+	t.Logf("killed at %d of %d points", done, points)
+	if done < 10 {
+		t.Errorf("only %d points in %s; at least 10 are needed to mean something", done, crashLimit)
+	}
+}
+
+// countPoints lives a life undisturbed.
+func countPoints(t *testing.T, w *world, g *gate) int {
+	t.Helper()
+	if err := w.startDaemon(nil); err != nil {
+		t.Fatal(err)
+	}
+	g.arm(w.bed.VMRuntimePID(), -1, nil)
+	l := &life{w: w, name: "whole"}
+	if err := l.goOn(); err != nil {
+		t.Fatal(err)
+	}
+	opened := g.opened()
+	t.Logf("a life opens %d files: %s", len(opened), summary(opened))
+	if len(opened) < 30 {
+		t.Fatalf("a life opens only %d files; the gate does not see the records", len(opened))
+	}
+	return len(opened)
+}
+
+func summary(opened []string) string {
+	count := make(map[string]int)
+	for _, path := range opened {
+		count[strings.Split(path, string(filepath.Separator))[0]]++
+	}
+	return fmt.Sprint(count)
+}
+
+func crashAt(t *testing.T, w *world, g *gate, point, again int) {
+	if w.bed.VMRuntimePID() == 0 {
+		if err := w.startDaemon(nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	pid := w.bed.VMRuntimePID()
+	where := "the end"
+	g.arm(pid, point, func() {
+		where = lastOf(g)
+		_ = syscall.Kill(pid, syscall.SIGKILL) // the test's own child; it may have ended
+	})
+	l := &life{w: w, name: fmt.Sprintf("crash-%d", point)}
+	err := l.goOn()
+	g.arm(0, -1, nil)
+	if err != nil {
+		if kerr := errors.Join(w.bed.KillVMRuntime(), w.disconnect()); kerr != nil {
+			t.Fatal(kerr)
+		}
+		if again >= 0 {
+			killRecovery(t, w, g, again)
+		}
+		if err := w.startDaemon(nil); err != nil {
+			t.Fatalf("killed at %s in %s (%v): %v", where, l.at(), err, err)
+		}
+		if err := l.holds(); err != nil {
+			t.Fatalf("killed at %s in %s: %v", where, l.at(), err)
+		}
+		at := l.at()
+		if err := l.goOn(); err != nil {
+			t.Fatalf("killed at %s in %s; then %s: %v", where, at, l.at(), err)
+		}
+	}
+	left, err := w.leaks(context.Background())
+	if err != nil || len(left) > 0 {
+		t.Fatalf("killed at %s: left when all was removed: %v\n  %s", where, err, strings.Join(left, "\n  "))
+	}
+}
+
+func lastOf(g *gate) string {
+	opened := g.opened()
+	return opened[len(opened)-1]
+}
+
+// killRecovery starts a daemon and kills it while it recovers, at the open of the given number if it gets there.
+func killRecovery(t *testing.T, w *world, g *gate, open int) {
+	t.Helper()
+	started := make(chan error, 1)
+	go func() { started <- w.startDaemon(nil) }()
+	killed := w.until(func() bool {
+		pid := w.bed.VMRuntimePID()
+		if pid == 0 {
+			return false
+		}
+		g.arm(pid, open%12, func() { _ = syscall.Kill(pid, syscall.SIGKILL) })
+		return true
+	})
+	if !killed {
+		t.Fatal("the daemon does not start")
+	}
+	<-started // ended, or ready when it opened fewer files
+	g.arm(0, -1, nil)
+	if err := errors.Join(w.bed.KillVMRuntime(), w.disconnect()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// life is one pod's life as a client lives it that may lose its server at any call: it knows what was answered, and repeats
+// what was not.
+type life struct {
+	w    *world
+	name string
+	next int // the step that was not answered yet
+}
+
+type step struct {
+	name string
+	do   func(*life) error
+	// before and after are what list prints when the step was not begun and when it was answered; between, either.
+	after []string
+}
+
+func (l *life) a() string { return l.name + "-a" }
+func (l *life) b() string { return l.name + "-b" }
+
+// steps are the whole life. The states are those that ListPodSandbox and ListContainers must give after the step; container
+// a ends by itself at any time after its start.
+func (l *life) steps() []step {
+	pod, stopped := "pod "+l.name+" ready", "pod "+l.name+" notready"
+	a, b := "container "+l.a()+" ", "container "+l.b()+" "
+	return []step{
+		{"run", (*life).run, []string{pod}},
+		{"create a", func(l *life) error { return l.create(l.a(), fmt.Sprintf("lines %d 4ms", crashLines), "exit 5") }, []string{pod, a + "created"}},
+		{"start a", func(l *life) error { return l.start(l.a()) }, []string{pod, a + "running|exited"}},
+		{"create b", func(l *life) error { return l.create(l.b(), "out begun", "trap bye", "wait") }, []string{pod, a + "running|exited", b + "created"}},
+		{"start b", func(l *life) error { return l.start(l.b()) }, []string{pod, a + "running|exited", b + "running"}},
+		{"exec b", (*life).exec, []string{pod, a + "running|exited", b + "running"}},
+		{"stop b", func(l *life) error { return l.w.stop(l.b(), 10) }, []string{pod, a + "running|exited", b + "exited"}},
+		{"end of a", (*life).endOfA, []string{pod, a + "exited", b + "exited"}},
+		{"remove b", func(l *life) error { return l.w.removeContainer(l.b()) }, []string{pod, a + "exited"}},
+		{"stop", func(l *life) error { return l.w.stopPod(l.name) }, []string{stopped, a + "exited"}},
+		{"remove", func(l *life) error { return l.w.removePod(l.name) }, nil},
+	}
+}
+
+func (l *life) at() string {
+	steps := l.steps()
+	return "step " + steps[min(l.next, len(steps)-1)].name
+}
+
+// goOn does what is left of the life.
+func (l *life) goOn() error {
+	for steps := l.steps(); l.next < len(steps); l.next++ {
+		if err := steps[l.next].do(l); err != nil {
+			return fmt.Errorf("%s: %w", steps[l.next].name, err)
+		}
+	}
+	return nil
+}
+
+// holds compares what is listed with what the client knows: the state after the last answered step, or that after the step
+// under way, or for removals something between.
+func (l *life) holds() error {
+	got, err := l.w.list()
+	if err != nil {
+		return err
+	}
+	steps := l.steps()
+	var before []string
+	if l.next > 0 {
+		before = steps[l.next-1].after
+	}
+	lines := strings.Split(strings.TrimSuffix(got, "\n"), "\n")
+	if got == "" {
+		lines = nil
+	}
+	for _, line := range lines {
+		if !slices.ContainsFunc(slices.Concat(before, steps[l.next].after), func(want string) bool { return matches(line, want) }) {
+			return fmt.Errorf("listed is %q, want %q or %q", lines, before, steps[l.next].after)
+		}
+	}
+	for _, want := range before {
+		stays := slices.ContainsFunc(steps[l.next].after, func(s string) bool { return subject(s) == subject(want) })
+		if stays && !slices.ContainsFunc(lines, func(line string) bool { return subject(line) == subject(want) }) {
+			return fmt.Errorf("listed is %q, in which %q is missing", lines, want)
+		}
+	}
+	return nil
+}
+
+// subject is what a line is about: "pod NAME", "container NAME".
+func subject(line string) string { return line[:strings.LastIndex(line, " ")] }
+
+// matches compares a line with a wanted one, which may allow several states.
+func matches(line, want string) bool {
+	return subject(line) == subject(want) && slices.Contains(strings.Split(want[len(subject(want))+1:], "|"), line[len(subject(line))+1:])
+}
+
+// run makes the sandbox, or takes the one that an unanswered call has made.
+func (l *life) run() error {
+	ctx, cancel := call()
+	defer cancel()
+	list, err := l.w.rt.ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{})
+	if err != nil {
+		return err
+	}
+	for _, p := range list.GetItems() {
+		if p.GetMetadata().GetName() == l.name {
+			return l.adopt(ctx, p.GetId())
+		}
+	}
+	return l.w.run(l.name)
+}
+
+func (l *life) adopt(ctx context.Context, id string) error {
+	resp, err := l.w.rt.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: id})
+	if err != nil {
+		return err
+	}
+	if resp.GetStatus().GetNetwork().GetIp() == "" {
+		return fmt.Errorf("the sandbox %s that is listed has no address", id)
+	}
+	l.w.pods[l.name] = &sandbox{name: l.name, id: id, cfg: l.w.podConfig(l.name)}
+	return nil
+}
+
+// create likewise.
+func (l *life) create(name string, script ...string) error {
+	ctx, cancel := call()
+	defer cancel()
+	list, err := l.w.rt.ListContainers(ctx, &runtimeapi.ListContainersRequest{})
+	if err != nil {
+		return err
+	}
+	for _, c := range list.GetContainers() {
+		if c.GetMetadata().GetName() == name {
+			p := l.w.pods[l.name]
+			l.w.containers[name] = &ctr{name: name, id: c.GetId(), pod: p, cfg: l.w.containerConfig(name, script)}
+			return nil
+		}
+	}
+	return l.w.create(l.name, name, script)
+}
+
+// start starts the container, unless an unanswered call has.
+func (l *life) start(name string) error {
+	line, err := l.w.containerLine(name)
+	if err != nil {
+		return err
+	}
+	if line != "created" {
+		return nil
+	}
+	return l.w.start(name)
+}
+
+func (l *life) exec() error {
+	resp, err := l.w.exec(l.b(), 10, []string{"out over", "exit 3"})
+	if err != nil {
+		return err
+	}
+	if string(resp.GetStdout()) != "over\n" || resp.GetExitCode() != 3 {
+		return fmt.Errorf("exec printed %q and exited with %d, want over and 3", resp.GetStdout(), resp.GetExitCode())
+	}
+	return nil
+}
+
+// endOfA holds that both containers ended as they should, were started once, and have their whole logs.
+func (l *life) endOfA() error {
+	var line string
+	var err error
+	if !l.w.until(func() bool {
+		line, err = l.w.containerLine(l.a())
+		return err != nil || strings.HasPrefix(line, "exited")
+	}) || err != nil || line != "exited 5 Error" {
+		return fmt.Errorf("container a is %q (%w), want exited 5 Error", line, err)
+	}
+	if line, err := l.w.containerLine(l.b()); err != nil || line != "exited 0 Completed" {
+		return fmt.Errorf("container b is %q (%w), want exited 0 Completed", line, err)
+	}
+	if _, err := wholeLogCommand(l.w, []string{l.a(), fmt.Sprint(crashLines)}); err != nil {
+		return err
+	}
+	text, err := l.w.logText(l.b())
+	if err != nil || text != "stdout begun\nstdout bye\n" {
+		return fmt.Errorf("the log of b is %q (%w), want begun and bye", text, err)
+	}
+	starts := 0
+	for _, r := range l.w.bed.control.reports(l.w.pods[l.name].id) {
+		if strings.HasPrefix(r.Text, "StartContainer ") {
+			starts++
+		}
+	}
+	if starts != 2 {
+		return fmt.Errorf("the guest was told %d times to start a container, want 2", starts)
+	}
+	return nil
+}
