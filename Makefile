@@ -45,8 +45,9 @@ tools: ## containerd, runc, CNI plugins, critest and the linter at their pinned 
 node-tools:
 	go run ./test/tools/build containerd runc cni cri-tools
 
-lint: ## vet, format and golangci-lint
+lint: ## vet, format, golangci-lint, and that arm64 compiles
 	go vet $(PACKAGES)
+	GOARCH=arm64 CGO_ENABLED=0 go build -o /dev/null ./cmd/... ./deploy/...
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$unformatted" ] || { echo "not formatted: $$unformatted"; exit 1; }
 	$$(go run ./test/tools/build golangci-lint)/golangci-lint run $(PACKAGES)
 
