@@ -121,21 +121,36 @@ func (s *Server) merge(ctx context.Context, c call) (any, error) {
 	if err := g.Wait(); err != nil {
 		return nil, err
 	}
-	theirs, err := decode(bytes, ours)
+	switch ours := ours.(type) {
+	case *runtimeapi.StatusResponse:
+		return combine(bytes, ours, mergeStatus)
+	case *runtimeapi.ImageFsInfoResponse:
+		return combine(bytes, ours, addUsage)
+	case *runtimeapi.ListMetricDescriptorsResponse:
+		return combine(bytes, ours, mergeDescriptors)
+	default:
+		return concatenate(bytes, ours)
+	}
+}
+
+// combine parses containerd's answer and puts ours into it.
+func combine[T proto.Message](answer any, ours T, put func(theirs, ours T)) (any, error) {
+	theirs, err := decode(answer, ours)
 	if err != nil {
 		return nil, err
 	}
-	switch theirs := theirs.(type) {
-	case *runtimeapi.StatusResponse:
-		mergeStatus(theirs, ours.(*runtimeapi.StatusResponse))
-	case *runtimeapi.ImageFsInfoResponse:
-		addUsage(theirs, ours.(*runtimeapi.ImageFsInfoResponse))
-	case *runtimeapi.ListMetricDescriptorsResponse:
-		mergeDescriptors(theirs, ours.(*runtimeapi.ListMetricDescriptorsResponse))
-	default:
-		proto.Merge(theirs, ours.(proto.Message))
-	}
+	put(theirs.(T), ours)
 	return theirs, nil
+}
+
+// concatenate makes two lists one. To protobuf, two messages one after the other are their merge, so containerd's
+// stays bytes.
+func concatenate(answer, ours any) (any, error) {
+	data, err := proto.Marshal(ours.(proto.Message))
+	if err != nil {
+		return nil, err
+	}
+	return &frame{bytes: append(answer.(*frame).bytes, data...)}, nil
 }
 
 // decode parses an answer of containerd as the type that the VM side's has.
