@@ -68,7 +68,7 @@ type VMConfig struct {
 	MaxMemory     Size     `toml:"max_memory" comment:"The most that a VM gets, overhead included."`
 	DefaultVCPUs  int      `toml:"default_vcpus" comment:"Virtual CPUs of a pod that sets no CPU limit. With a limit it is that, rounded up."`
 	MaxVCPUs      int      `toml:"max_vcpus" comment:"The most virtual CPUs that a VM gets."`
-	ScratchSize   Size     `toml:"scratch_size" comment:"How much the containers of a pod may write to their root filesystems and disk-backed emptyDirs together. The file is\nsparse: it takes what is written."`
+	ScratchSize   Size     `toml:"scratch_size" comment:"How much the containers of a pod may write to their root filesystems together. The file is\nsparse: it takes what is written."`
 }
 
 // QEMUConfig is the section [qemu].
