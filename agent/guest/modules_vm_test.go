@@ -17,22 +17,33 @@ import (
 // firewalls are Debian's programs; what of them this machine has is put into the image.
 var firewalls = []string{"nft", "iptables-nft", "ip6tables-nft", "iptables-legacy", "ip6tables-legacy"}
 
-// addFirewalls copies the programs, the libraries that their loader names, and iptables' extensions.
+// addProgram copies a program, and the libraries that its loader names if it has one.
+func (m *machine) addProgram(root, program, name string) {
+	m.t.Helper()
+	output(m.t, root, "cp", "-L", program, "bin/"+name)
+	// It fails for a static program.
+	libs, err := exec.Command("ldd", program).Output()
+	if err != nil {
+		return
+	}
+	for _, lib := range regexp.MustCompile(`/\S+`).FindAllString(string(libs), -1) {
+		m.addFile(root, lib)
+	}
+}
+
+func (m *machine) addFile(root, file string) {
+	m.t.Helper()
+	to := filepath.Join(root, file)
+	output(m.t, root, "mkdir", "-p", filepath.Dir(to))
+	output(m.t, root, "cp", "-L", file, to)
+}
+
+// addFirewalls copies the programs, and iptables' extensions.
 func (m *machine) addFirewalls(root string) {
 	m.t.Helper()
-	files := map[string]bool{}
 	for _, name := range firewalls {
-		program, err := exec.LookPath(name)
-		if err != nil {
-			continue
-		}
-		output(m.t, root, "cp", "-L", program, "bin/"+name)
-		libs, err := exec.Command("ldd", program).Output()
-		if err != nil {
-			m.t.Fatalf("ldd %s: %v", program, err)
-		}
-		for _, lib := range regexp.MustCompile(`/\S+`).FindAllString(string(libs), -1) {
-			files[lib] = true
+		if program, err := exec.LookPath(name); err == nil {
+			m.addProgram(root, program, name)
 		}
 	}
 	extensions, err := filepath.Glob("/usr/lib/*/xtables/lib*.so")
@@ -40,16 +51,11 @@ func (m *machine) addFirewalls(root string) {
 		m.t.Fatal(err)
 	}
 	for _, lib := range extensions {
-		files[lib] = true
-	}
-	for file := range files {
-		to := filepath.Join(root, file)
-		output(m.t, root, "mkdir", "-p", filepath.Dir(to))
-		output(m.t, root, "cp", "-L", file, to)
+		m.addFile(root, lib)
 	}
 }
 
-// withNetAdmin is a container that may change the pod's network, and has the nodes of some devices.
+// withNetAdmin is a container that may change the pod's network, has the nodes of some devices, and sees the guest's.
 func withNetAdmin(args ...string) *specs.Spec {
 	spec := containerSpec(args...)
 	for _, set := range []*[]string{&spec.Process.Capabilities.Bounding, &spec.Process.Capabilities.Effective, &spec.Process.Capabilities.Permitted} {
@@ -60,6 +66,7 @@ func withNetAdmin(args ...string) *specs.Spec {
 		{Path: "/dev/loop-control", Type: "c", Major: 10, Minor: 237},
 		{Path: "/dev/loop7", Type: "b", Major: 7, Minor: 7},
 	}
+	spec.Mounts = append(spec.Mounts, specs.Mount{Destination: "/guestdev", Type: "bind", Source: "/dev", Options: []string{"rbind", "rprivate", "ro"}})
 	return spec
 }
 
@@ -80,6 +87,7 @@ func testModules(t *testing.T, _ *machine, c *agent.Client) {
 	stdout := runScript(t, c, "modules", `
 loaded() { cut -d" " -f1 /proc/modules | grep -qx "$1"; }
 for m in bridge dummy veth macvlan tun loop wireguard; do ! loaded $m || { echo $m is loaded already; exit 1; }; done
+for f in fuse loop-control net/tun; do test -c /guestdev/$f; done
 brctl addbr br0 && ip link set br0 up
 for kind in dummy veth wireguard vrf; do
 	case $kind in vrf) more="table 5";; *) more=;; esac

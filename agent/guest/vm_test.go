@@ -202,8 +202,8 @@ func (m *machine) buildImage() {
 	if err != nil {
 		m.t.Fatal(err)
 	}
-	output(m.t, root, "cp", "-L", busybox, "bin/busybox")
-	for applet := range strings.FieldsSeq("sh cat echo sleep true false head dd yes id stat ls grep kill ps tail wc seq stty mkdir nc ip hostname date printf env test sync tr df brctl mknod losetup cut sort") {
+	m.addProgram(root, busybox, "busybox")
+	for applet := range strings.FieldsSeq("sh cat echo sleep true false head dd yes id stat ls grep kill ps tail wc seq stty mkdir nc ip hostname date printf env test sync tr df brctl cut") {
 		if err := os.Link(filepath.Join(root, "bin/busybox"), filepath.Join(root, "bin", applet)); err != nil {
 			m.t.Fatal(err)
 		}
