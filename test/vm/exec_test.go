@@ -207,6 +207,37 @@ func TestAttach(t *testing.T) {
 	}
 }
 
+// Without stdin once the container's standard input outlives its client: another goes on with it.
+func TestAttachTwice(t *testing.T) {
+	ctx, b := use(t)
+	p := b.vmPod(ctx, t)
+	c := p.start(with(shell("c", "echo ready; while read line; do echo \"heard $line\"; done; echo end"), func(c *runtimeapi.ContainerConfig) {
+		c.Stdin = true
+	})).ready("ready")
+	for _, line := range []string{"one", "two"} {
+		cmd := p.crictl("attach", "-i", c.id)
+		stdin, err := cmd.StdinPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.WriteString(stdin, line+"\n"); err != nil {
+			t.Fatal(err)
+		}
+		c.ready("heard " + line)
+		_ = cmd.Process.Kill() // by its ID: the client goes away
+		_ = cmd.Wait()
+		if !c.running() {
+			t.Fatal("the container ended with its client")
+		}
+	}
+	if got := c.text(); got != "ready\nheard one\nheard two\n" {
+		t.Errorf("the log has %q", got)
+	}
+}
+
 // Port-forward reaches what listens on the guest's loopback address alone.
 func TestPortForward(t *testing.T) {
 	ctx, b := use(t)

@@ -60,13 +60,22 @@ func run(m *testing.M) (code int) {
 		}
 		theBed = b
 		defer func() {
-			if err := errors.Join(b.conn.Close(), b.Stop(), os.RemoveAll(dir), goleak.Find()); err != nil {
+			if err := errors.Join(b.conn.Close(), b.Stop(), noRaces(b.LogFile("vmruntime")), os.RemoveAll(dir), goleak.Find()); err != nil {
 				fmt.Fprintln(os.Stderr, "after all tests:", err)
 				code = 1
 			}
 		}()
 	}
 	return m.Run()
+}
+
+// noRaces fails when the race detector has found something in the daemon.
+func noRaces(log string) error {
+	_, races, found := strings.Cut(readFile(log), "WARNING: DATA RACE")
+	if found {
+		return fmt.Errorf("the daemon has a data race:%s", races[:min(len(races), 8000)])
+	}
+	return nil
 }
 
 // reasonForNoBed says what a node needs that is not here.
@@ -91,7 +100,8 @@ func newBed(dir string) (*bed, error) {
 		return nil, err
 	}
 	binary := filepath.Join(dir, "bin", "vmruntime")
-	if out, err := exec.CommandContext(ctx, "go", "build", "-o", binary, "../../cmd/vmruntime").CombinedOutput(); err != nil {
+	args := append([]string{"build", "-o", binary}, raceFlags...)
+	if out, err := exec.CommandContext(ctx, "go", append(args, "../../cmd/vmruntime")...).CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("build vmruntime: %w\n%s", err, out)
 	}
 	n, err := node.Start(ctx, node.Options{Root: dir, VMRuntime: binary, GuestDir: guest, LogLevel: "debug"})

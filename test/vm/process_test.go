@@ -206,10 +206,24 @@ func TestResources(t *testing.T) {
 		t.Errorf("the status has resources %v, want those of the update", r)
 	}
 
+	// The node bounds the VM, once the guest is up.
+	if quota, period := cpuQuota(b.CgroupParent(), p.id); quota != "150000" || period != "100000" {
+		t.Errorf("the pod's cgroup has a CPU quota of %q in %q, want 150000 in 100000", quota, period)
+	}
 	info := p.verboseInfo()
 	if info.VCPUs != 2 || info.MemoryBytes < 300<<20 {
 		t.Errorf("inspectp tells %d vCPUs and %d bytes, want 2 and more than the limit", info.VCPUs, info.MemoryBytes)
 	}
+}
+
+// cpuQuota is the quota and period of a pod's cgroup on the node, v1 or v2.
+func cpuQuota(parent, id string) (quota, period string) {
+	dir := parent + "/vmruntime-" + id + "/"
+	if fields := strings.Fields(readFile("/sys/fs/cgroup" + dir + "cpu.max")); len(fields) == 2 {
+		return fields[0], fields[1]
+	}
+	read := func(name string) string { return strings.TrimSpace(readFile("/sys/fs/cgroup/cpu" + dir + name)) }
+	return read("cpu.cfs_quota_us"), read("cpu.cfs_period_us")
 }
 
 // podInfo is what the verbose status of a sandbox tells.

@@ -203,6 +203,23 @@ func TestQEMUKilled(t *testing.T) {
 	p.remove()
 }
 
+// A guest whose kernel fails is told apart from a QEMU that fails.
+func TestGuestPanics(t *testing.T) {
+	ctx, b := use(t)
+	p := b.vmPod(ctx, t, func(cfg *runtimeapi.PodSandboxConfig) { cfg.Linux.SecurityContext.Privileged = true })
+	c := p.start(with(idle("c"), func(c *runtimeapi.ContainerConfig) { security(c).Privileged = true })).ready("ready")
+	if _, err := c.execSync(10, "sh", "-c", "echo c > /proc/sysrq-trigger"); err == nil {
+		t.Error("an exec that ended the guest's kernel succeeds")
+	}
+	s := c.wait()
+	if s.GetExitCode() != 137 || s.GetReason() != "GuestFailed" || !strings.Contains(s.GetMessage(), "sysrq") {
+		t.Errorf("after the kernel's end: exit code %d, reason %s, message %q, want 137, GuestFailed and what the console said", s.GetExitCode(), s.GetReason(), s.GetMessage())
+	}
+	if p.status().GetState() != runtimeapi.PodSandboxState_SANDBOX_READY {
+		t.Error("the sandbox is not ready any more")
+	}
+}
+
 // QEMU is killed while no daemon watches.
 func TestQEMUKilledUnwatched(t *testing.T) {
 	ctx, b := use(t)

@@ -77,6 +77,7 @@ func TestStats(t *testing.T) {
 		t.Fatalf("ListPodSandboxStats: %v, %v, want one", all, err)
 	}
 	checkPodStats(t, "ListPodSandboxStats", all.GetStats()[0])
+	checkStreams(ctx, t, p, c)
 }
 
 func checkPodStats(t *testing.T, from string, s *runtimeapi.PodSandboxStats) {
