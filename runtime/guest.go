@@ -131,7 +131,11 @@ func (g *guest) configure(ctx context.Context, client *agent.Client) error {
 		return err
 	}
 	if info.GetConfigured() {
-		return g.pod.applyCPUQuota() // the last daemon may have ended before it could
+		// The last daemon may have ended before it could. A guest that runs is not given up for it.
+		if err := g.pod.applyCPUQuota(); err != nil {
+			g.log.Warn("bounding the guest's CPU time", "error", err)
+		}
+		return nil
 	}
 	req, err := g.pod.sandboxRequest()
 	if err != nil {
