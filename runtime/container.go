@@ -136,7 +136,14 @@ func (c *container) run(ctx context.Context, client agentClient) (time.Time, err
 	if err != nil {
 		return time.Time{}, err
 	}
-	if _, err := client.CreateContainer(ctx, req); err != nil {
+	_, err = client.CreateContainer(ctx, req)
+	if errdefs.IsAlreadyExists(err) {
+		// Made for a daemon that was killed before it could start it.
+		if err = c.discard(client); err == nil {
+			_, err = client.CreateContainer(ctx, req)
+		}
+	}
+	if err != nil {
 		return time.Time{}, errors.Join(err, c.discard(client))
 	}
 	resp, err := client.StartContainer(ctx, &agentpb.StartContainerRequest{Id: c.id})
