@@ -144,6 +144,9 @@ func (s *Server) prepare(ctx context.Context, c *container, req *agentpb.CreateC
 			return fmt.Errorf("images %q: %w", img.Name, err)
 		}
 	}
+	if err := enterSubmounts(req.Submounts); err != nil {
+		return fmt.Errorf("submounts: %w", err)
+	}
 	// Even a read-only root gets an upper layer, for the mount points that its image lacks.
 	layers := filepath.Join(s.opts.Root, "scratch", c.id)
 	if req.RootfsReadonly {

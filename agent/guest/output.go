@@ -207,12 +207,12 @@ func (o *output) add(id int, p []byte) {
 	o.announce()
 }
 
-// read acknowledges all before the given offsets and waits for something beyond them: chunks of at most
-// limit bytes together, or the end of both streams. When ctx ends it gives nothing.
-func (o *output) read(ctx context.Context, offsets [2]uint64, limit int64) (chunks []*agentpb.OutputChunk, eof bool, err error) {
+// read forgets what is acknowledged and waits for something beyond the given offsets: chunks of at most limit bytes
+// together, or the end of both streams. When ctx ends it gives nothing.
+func (o *output) read(ctx context.Context, offsets, acknowledged [2]uint64, limit int64) (chunks []*agentpb.OutputChunk, eof bool, err error) {
 	for {
 		o.mu.Lock()
-		if err := o.acknowledge(offsets); err != nil {
+		if err := o.acknowledge(offsets, acknowledged); err != nil {
 			o.mu.Unlock()
 			return nil, false, err
 		}
@@ -234,7 +234,7 @@ func (o *output) read(ctx context.Context, offsets [2]uint64, limit int64) (chun
 	}
 }
 
-func (o *output) acknowledge(offsets [2]uint64) error {
+func (o *output) acknowledge(offsets, acknowledged [2]uint64) error {
 	for id, off := range offsets {
 		s := &o.streams[id]
 		if off > s.end {
@@ -244,15 +244,22 @@ func (o *output) acknowledge(offsets [2]uint64) error {
 			return fmt.Errorf("offset %d of %s has been acknowledged and forgotten, the first one kept is %d: %w",
 				off, streamName(id), s.acked, errdefs.ErrOutOfRange)
 		}
+		if acknowledged[id] > off {
+			return fmt.Errorf("%d bytes of %s are acknowledged, but only %d have been read: %w",
+				acknowledged[id], streamName(id), off, errdefs.ErrInvalidArgument)
+		}
 	}
-	if offsets[stdout] == o.streams[stdout].acked && offsets[stderr] == o.streams[stderr].acked {
-		return nil
+	changed := false
+	for id, ack := range acknowledged {
+		// An older call that comes late takes nothing back.
+		if s := &o.streams[id]; ack > s.acked {
+			s.acked, changed = ack, true
+		}
 	}
-	for id, off := range offsets {
-		o.streams[id].acked = off
+	if changed {
+		o.forget([2]uint64{o.streams[stdout].acked, o.streams[stderr].acked})
+		o.announce()
 	}
-	o.forget(offsets)
-	o.announce()
 	return nil
 }
 

@@ -32,7 +32,7 @@ func readFrom(t *testing.T, o *output, offsets [2]uint64) (string, bool) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
-	chunks, eof, err := o.read(ctx, offsets, 1<<20)
+	chunks, eof, err := o.read(ctx, offsets, offsets, 1<<20)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -58,16 +58,59 @@ func TestOutputIsKeptUntilAcknowledged(t *testing.T) {
 	if got, _ := readFrom(t, o, [2]uint64{3, 0}); got != "lo" {
 		t.Errorf("got %q", got)
 	}
-	if _, _, err := o.read(t.Context(), [2]uint64{2, 0}, 10); !errdefs.IsOutOfRange(err) {
+	if _, _, err := o.read(t.Context(), [2]uint64{2, 0}, [2]uint64{}, 10); !errdefs.IsOutOfRange(err) {
 		t.Errorf("read of forgotten bytes: %v", err)
 	}
-	if _, _, err := o.read(t.Context(), [2]uint64{6, 0}, 10); !errdefs.IsOutOfRange(err) {
+	if _, _, err := o.read(t.Context(), [2]uint64{6, 0}, [2]uint64{}, 10); !errdefs.IsOutOfRange(err) {
 		t.Errorf("read beyond the end: %v", err)
 	}
 	_ = w.Close()
 	if got, eof := readFrom(t, o, [2]uint64{5, 0}); got != "" || !eof {
 		t.Errorf("got %q, eof %v", got, eof)
 	}
+	o.stop()
+}
+
+// The beginning of a line is read, but only safe when the line is in the log: until then a new reader gets it again.
+func TestOutputThatIsReadButNotAcknowledgedIsKept(t *testing.T) {
+	o := newOutput(0)
+	w := pipeInto(t, o, stdout)
+	o.attach(stderr, nil)
+	write := func(text string) {
+		t.Helper()
+		if _, err := w.WriteString(text); err != nil {
+			t.Fatal(err)
+		}
+	}
+	read := func(at, safe uint64) string {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		defer cancel()
+		chunks, _, err := o.read(ctx, [2]uint64{at, 0}, [2]uint64{safe, 0}, 1<<20)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var text strings.Builder
+		for _, c := range chunks {
+			text.Write(c.Data)
+		}
+		return text.String()
+	}
+	write("line\nbegin")
+	if got := read(0, 0); got != "line\nbegin" {
+		t.Errorf("got %q", got)
+	}
+	write("ning")
+	if got := read(10, 5); got != "ning" {
+		t.Errorf("got %q, want only what was not read", got)
+	}
+	if got := read(5, 5); got != "beginning" {
+		t.Errorf("got %q, want all that was not acknowledged", got)
+	}
+	if _, _, err := o.read(t.Context(), [2]uint64{5, 0}, [2]uint64{6, 0}, 10); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("acknowledged beyond what was read: %v", err)
+	}
+	_ = w.Close()
 	o.stop()
 }
 
@@ -160,7 +203,7 @@ func TestOutputWaitsForTheDeadline(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
 		begin := time.Now()
-		chunks, eof, err := o.read(ctx, [2]uint64{}, 10)
+		chunks, eof, err := o.read(ctx, [2]uint64{}, [2]uint64{}, 10)
 		if len(chunks) > 0 || eof || err != nil || time.Since(begin) != time.Minute {
 			t.Errorf("%v %v %v after %s", chunks, eof, err, time.Since(begin))
 		}

@@ -271,7 +271,8 @@ func (s *Server) ReadOutput(ctx context.Context, req *agentpb.ReadOutputRequest)
 	}
 	ctx, cancel := waitContext(ctx)
 	defer cancel()
-	chunks, eof, err := p.out.read(ctx, [2]uint64{req.StdoutOffset, req.StderrOffset}, limit)
+	offsets, acknowledged := [2]uint64{req.StdoutOffset, req.StderrOffset}, [2]uint64{req.StdoutAcknowledged, req.StderrAcknowledged}
+	chunks, eof, err := p.out.read(ctx, offsets, acknowledged, limit)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", p.name(), err)
 	}

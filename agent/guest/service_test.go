@@ -531,7 +531,7 @@ func testReconnectStream(t *testing.T, m *machine, _ *agent.Client) {
 	var got strings.Builder
 	sessions := 1
 	for eof := false; !eof; {
-		request := &agentpb.ReadOutputRequest{Process: ref, StdoutOffset: uint64(got.Len()), MaxBytes: 20 << 10}
+		request := &agentpb.ReadOutputRequest{Process: ref, StdoutOffset: uint64(got.Len()), StdoutAcknowledged: uint64(got.Len()), MaxBytes: 20 << 10}
 		// Another answer is under way while the session ends.
 		doomed := make(chan struct{})
 		go func() {

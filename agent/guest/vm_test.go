@@ -340,6 +340,7 @@ func readAll(t *testing.T, c *agent.Client, ref *agentpb.ProcessRef) (stdout, st
 	for {
 		resp, err := c.ReadOutput(ctx, &agentpb.ReadOutputRequest{
 			Process: ref, StdoutOffset: uint64(bufs[0].Len()), StderrOffset: uint64(bufs[1].Len()),
+			StdoutAcknowledged: uint64(bufs[0].Len()), StderrAcknowledged: uint64(bufs[1].Len()),
 		})
 		if err != nil {
 			t.Fatalf("read output of %v: %v", ref, err)
