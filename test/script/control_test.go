@@ -22,6 +22,7 @@ import (
 //	refuse NAME TEXT      the QMP command or the agent's method fails
 //	slow NAME DURATION    the agent's method takes so long
 //	drop BYTES            the host's connection to the agent is lost each time after so many bytes
+//	step                  before it does what it is asked, the fake waits until the test has seen that
 //	flaky N               the first N connections are lost as they begin
 type faults struct {
 	boot   time.Duration
@@ -30,6 +31,7 @@ type faults struct {
 	refuse map[string]string
 	slow   map[string]time.Duration
 	drop   int
+	step   bool
 	flaky  atomic.Int32
 
 	hung    atomic.Bool
@@ -47,6 +49,8 @@ func parseFaults(text string) (*faults, error) {
 		case "":
 		case "boot":
 			f.boot, err = time.ParseDuration(rest)
+		case "step":
+			f.step = true
 		case "silent":
 			f.silent = true
 		case "dies":
@@ -101,35 +105,51 @@ type report struct {
 	PID  int    `json:"pid"`
 	Kind string `json:"kind"` // args, qmp or agent
 	Text string `json:"text"`
+	Step bool   `json:"step"` // the fake waits for the answer
 }
 
 // controlClient is a fake's connection to the test. When it ends, so does the fake: nobody else would end it.
 type controlClient struct {
 	name string
+	seen chan struct{} // nil without step; gets a value for each report that the test has seen
 	mu   sync.Mutex
 	out  *json.Encoder
 }
 
-func dialControl(name string, command func(string)) (*controlClient, error) {
+func dialControl(name string, step bool, command func(string)) (*controlClient, error) {
 	conn, err := net.Dial("unix", controlPath(os.Args[0]))
 	if err != nil {
 		return nil, fmt.Errorf("connect to the test: %w", err)
 	}
+	c := &controlClient{name: name, out: json.NewEncoder(conn)}
+	if step {
+		c.seen = make(chan struct{}, 1)
+	}
 	go func() {
 		lines := bufio.NewScanner(conn)
 		for lines.Scan() {
+			if lines.Text() == sawIt {
+				c.seen <- struct{}{}
+				continue
+			}
 			command(lines.Text())
 		}
 		os.Exit(4)
 	}()
-	return &controlClient{name: name, out: json.NewEncoder(conn)}, nil
+	return c, nil
 }
+
+// sawIt answers a report of a fake that steps.
+const sawIt = "saw"
 
 func (c *controlClient) trace(kind, text string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if err := c.out.Encode(report{Name: c.name, PID: os.Getpid(), Kind: kind, Text: text}); err != nil {
+	if err := c.out.Encode(report{Name: c.name, PID: os.Getpid(), Kind: kind, Text: text, Step: c.seen != nil}); err != nil {
 		os.Exit(4)
+	}
+	if c.seen != nil {
+		<-c.seen
 	}
 }
 
@@ -140,6 +160,14 @@ type controlServer struct {
 
 	mu    sync.Mutex
 	boots map[string][]*boot // by the machine's name
+	hook  func(report)       // called with each report of a fake that steps, before it goes on
+}
+
+// watch sets the hook.
+func (s *controlServer) watch(hook func(report)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.hook = hook
 }
 
 // boot is one process of a fake QEMU.
@@ -186,7 +214,14 @@ func (s *controlServer) collect(conn net.Conn) {
 			s.boots[r.Name] = append(s.boots[r.Name], b)
 		}
 		b.reports = append(b.reports, r)
+		hook := s.hook
 		s.mu.Unlock()
+		if r.Step {
+			if hook != nil {
+				hook(r)
+			}
+			_, _ = conn.Write([]byte(sawIt + "\n")) // a fake that has ended waits for nothing
+		}
 	}
 	if b != nil {
 		s.mu.Lock()

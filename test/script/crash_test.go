@@ -3,38 +3,42 @@ package script
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"math/rand"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
-	"time"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
 const (
-	// crashSeed decides in which order the points are taken, crashPoints how many of them.
-	crashSeed   = 1
-	crashPoints = 36
-	// crashLimit ends the test early on a busy machine.
-	crashLimit = 75 * time.Second
+	// crashSeed decides in which order the points are taken.
+	crashSeed = 1
 	// crashLines is what container a writes.
 	crashLines = 60
 )
 
+// points is how many points of each kind are taken; 0 is all.
+var points = flag.Int("points", 10, "at how many points of each kind the daemon is killed; 0 is all")
+
 // The daemon is killed as it opens a file of its state: before and after records are written, while disks are made, while
-// logs are begun. The next one has to list what the client was told, the client repeats the call that got no answer and goes
-// on to the end of the pod's life, which has to be as if nothing had happened. Every third time the recovering
-// daemon is killed too.
+// logs are begun; and while it waits for an answer of QEMU or the guest. The next one has to list what the client was told,
+// the client repeats the call that got no answer and goes on to the end of the pod's life, which has to be as if nothing
+// had happened. Every third time the recovering daemon is killed too.
 func TestCrash(t *testing.T) {
 	if noBed != "" {
 		t.Skip(noBed)
 	}
 	w := newWorld(theBed, t.TempDir())
 	if err := w.repair(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := guestCommand(w, []string{"step"}); err != nil {
 		t.Fatal(err)
 	}
 	g, err := newGate(w.bed.records)
@@ -53,46 +57,61 @@ func TestCrash(t *testing.T) {
 			t.Logf("vmruntime's log:\n%s", logFrom(w.bed.LogFile("vmruntime"), from))
 		}
 	}()
-	points := countPoints(t, w, g)
-	order := rand.New(rand.NewSource(crashSeed)).Perm(points)
-	deadline := time.Now().Add(crashLimit)
-	done := 0
-	for i, point := range order[:min(points, crashPoints)] {
-		if time.Now().After(deadline) {
-			break
-		}
+	opens, calls := countPoints(t, w, g)
+	killAll(t, w, g, "open", opens, func(pid, n int, kill func(string)) {
+		g.arm(pid, n, func(path string) { kill(path) })
+	})
+	killAll(t, w, g, "call", calls, func(_, n int, kill func(string)) {
+		w.bed.control.watch(func(r report) {
+			if n--; n == -1 {
+				kill(r.Kind + " " + r.Text)
+			}
+		})
+	})
+	w.bed.control.watch(nil)
+}
+
+// killAll lives a life for each point of a kind. arm has the daemon killed at the given one.
+func killAll(t *testing.T, w *world, g *gate, kind string, total int, arm func(pid, n int, kill func(where string))) {
+	order := rand.New(rand.NewSource(crashSeed)).Perm(total)
+	if *points > 0 {
+		order = order[:min(total, *points)]
+	}
+	for i, point := range order {
 		again := -1
 		if i%3 == 0 {
 			again = i
 		}
-		if !t.Run(fmt.Sprintf("open-%d", point), func(t *testing.T) { crashAt(t, w, g, point, again) }) {
-			return // what is left would fail the next ones too
+		name := fmt.Sprintf("%s-%d", kind, point)
+		if t.Failed() {
+			return // what a failure left behind would fail the next ones too
 		}
-		done++
+		t.Run(name, func(t *testing.T) {
+			crashAt(t, w, g, name, again, func(pid int, kill func(string)) { arm(pid, point, kill) })
+		})
 	}
-	t.Logf("killed at %d of %d points", done, points)
-	if done < 10 {
-		t.Errorf("only %d points in %s; at least 10 are needed to mean something", done, crashLimit)
-	}
+	t.Logf("killed at %d of %d points: %s", len(order), total, kind)
 }
 
 // countPoints lives a life undisturbed.
-func countPoints(t *testing.T, w *world, g *gate) int {
+func countPoints(t *testing.T, w *world, g *gate) (opens, calls int) {
 	t.Helper()
 	if err := w.startDaemon(nil); err != nil {
 		t.Fatal(err)
 	}
 	g.arm(w.bed.VMRuntimePID(), -1, nil)
+	w.bed.control.watch(func(report) { calls++ })
 	l := &life{w: w, name: "whole"}
 	if err := l.goOn(); err != nil {
 		t.Fatal(err)
 	}
+	w.bed.control.watch(nil)
 	opened := g.opened()
-	t.Logf("a life opens %d files: %s", len(opened), summary(opened))
-	if len(opened) < 30 {
-		t.Fatalf("a life opens only %d files; the gate does not see the records", len(opened))
+	t.Logf("a life opens %d files (%s) and makes %d calls", len(opened), summary(opened), calls)
+	if len(opened) < 30 || calls < 12 {
+		t.Fatal("these are too few: not all is seen")
 	}
-	return len(opened)
+	return len(opened), calls
 }
 
 func summary(opened []string) string {
@@ -103,21 +122,27 @@ func summary(opened []string) string {
 	return fmt.Sprint(count)
 }
 
-func crashAt(t *testing.T, w *world, g *gate, point, again int) {
+func crashAt(t *testing.T, w *world, g *gate, name string, again int, arm func(pid int, kill func(string))) {
 	if w.bed.VMRuntimePID() == 0 {
 		if err := w.startDaemon(nil); err != nil {
 			t.Fatal(err)
 		}
 	}
 	pid := w.bed.VMRuntimePID()
+	var mu sync.Mutex
 	where := "the end"
-	g.arm(pid, point, func() {
-		where = lastOf(g)
+	arm(pid, func(at string) {
+		mu.Lock()
+		defer mu.Unlock()
+		where = at
 		_ = syscall.Kill(pid, syscall.SIGKILL) // the test's own child; it may have ended
 	})
-	l := &life{w: w, name: fmt.Sprintf("crash-%d", point)}
+	l := &life{w: w, name: name}
 	err := l.goOn()
 	g.arm(0, -1, nil)
+	w.bed.control.watch(nil)
+	mu.Lock()
+	defer mu.Unlock()
 	if err != nil {
 		if kerr := errors.Join(w.bed.KillVMRuntime(), w.disconnect()); kerr != nil {
 			t.Fatal(kerr)
@@ -142,11 +167,6 @@ func crashAt(t *testing.T, w *world, g *gate, point, again int) {
 	}
 }
 
-func lastOf(g *gate) string {
-	opened := g.opened()
-	return opened[len(opened)-1]
-}
-
 // killRecovery starts a daemon and kills it while it recovers, at the open of the given number if it gets there.
 func killRecovery(t *testing.T, w *world, g *gate, open int) {
 	t.Helper()
@@ -157,7 +177,7 @@ func killRecovery(t *testing.T, w *world, g *gate, open int) {
 		if pid == 0 {
 			return false
 		}
-		g.arm(pid, open%12, func() { _ = syscall.Kill(pid, syscall.SIGKILL) })
+		g.arm(pid, open%12, func(string) { _ = syscall.Kill(pid, syscall.SIGKILL) })
 		return true
 	})
 	if !killed {

@@ -271,12 +271,12 @@ func (g *fakeGuest) ReadOutput(ctx context.Context, r *agentpb.ReadOutputRequest
 		[2]uint64{r.GetStdoutAcknowledged(), r.GetStderrAcknowledged()}, r.GetMaxBytes())
 }
 
-func (g *fakeGuest) WriteStdin(_ context.Context, r *agentpb.WriteStdinRequest) (*agentpb.Empty, error) {
+func (g *fakeGuest) WriteStdin(_ context.Context, r *agentpb.WriteStdinRequest) (*agentpb.WriteStdinResponse, error) {
 	p, err := g.find(r.GetProcess().GetContainerId(), r.GetProcess().GetExecId())
 	if err != nil {
 		return nil, err
 	}
-	return &agentpb.Empty{}, p.writeStdin(r.GetData())
+	return &agentpb.WriteStdinResponse{Written: int64(len(r.GetData()))}, p.writeStdin(r.GetData())
 }
 
 func (g *fakeGuest) CloseStdin(_ context.Context, r *agentpb.ProcessRef) (*agentpb.Empty, error) {

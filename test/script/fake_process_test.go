@@ -268,7 +268,7 @@ func (p *process) wait(ctx context.Context) *agentpb.ProcessState {
 	return p.state()
 }
 
-// read forgets what is acknowledged and answers with what is behind the offsets, at most about limit bytes.
+// read forgets what is acknowledged and answers with what is behind the offsets, at most limit bytes.
 func (p *process) read(ctx context.Context, from, acked [2]uint64, limit int64) (*agentpb.ReadOutputResponse, error) {
 	if err := p.acknowledge(from, acked); err != nil {
 		return nil, err
@@ -317,11 +317,12 @@ func (p *process) behind(from [2]uint64, limit int64) *agentpb.ReadOutputRespons
 			}
 			data, offset = data[skip-offset:], skip
 		}
-		if limit -= int64(len(data)); limit < 0 {
+		part := data[:min(int64(len(data)), limit)]
+		resp.Chunks = append(resp.Chunks, &agentpb.OutputChunk{Stream: c.Stream, Offset: offset, Data: part, TimeUnixNano: c.TimeUnixNano})
+		if limit -= int64(len(data)); limit <= 0 {
 			whole = false
 			break
 		}
-		resp.Chunks = append(resp.Chunks, &agentpb.OutputChunk{Stream: c.Stream, Offset: offset, Data: data, TimeUnixNano: c.TimeUnixNano})
 	}
 	resp.Eof = whole && !p.exited.IsZero()
 	return resp

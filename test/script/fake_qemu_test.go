@@ -25,10 +25,10 @@ import (
 // real command line. It speaks QMP on the real monitor socket and, instead of running a kernel, serves the agent's
 // service on the agent's socket. The file that it is given as kernel holds the faults it is to have.
 type fakeQEMU struct {
-	args    []string
-	faults  *faults
-	control *controlClient
-	port    *fakePort
+	args   []string
+	faults *faults
+	trace  func(kind, text string) // takes note of what is asked
+	port   *fakePort
 
 	mu       sync.Mutex
 	conn     *net.UnixConn // the monitor's client
@@ -47,15 +47,18 @@ func isFakeQEMU(args []string) bool { return len(args) > 1 && args[1] == "-no-us
 
 // runFakeQEMU is the fake's main function. It returns the exit status.
 func runFakeQEMU(args []string) int {
-	q := &fakeQEMU{
-		args: args, state: "running",
-		ports: make(map[string]string), fdsets: make(map[int]string), passed: make(map[string]int),
-	}
-	if err := q.run(); err != nil {
+	if err := newFakeQEMU(args).run(); err != nil {
 		fmt.Fprintln(os.Stderr, "fake qemu:", err)
 		return 1
 	}
 	return 0
+}
+
+func newFakeQEMU(args []string) *fakeQEMU {
+	return &fakeQEMU{
+		args: args, state: "running",
+		ports: make(map[string]string), fdsets: make(map[int]string), passed: make(map[string]int),
+	}
 }
 
 func (q *fakeQEMU) run() error {
@@ -81,10 +84,12 @@ func (q *fakeQEMU) run() error {
 		return err
 	}
 	q.port = &fakePort{listener: agentSocket, faults: q.faults}
-	if q.control, err = dialControl(q.option("-name"), q.command); err != nil {
+	control, err := dialControl(q.option("-name"), q.faults.step, q.command)
+	if err != nil {
 		return err
 	}
-	q.control.trace("args", strings.Join(q.args[1:], "\n"))
+	q.trace = control.trace
+	q.trace("args", strings.Join(q.args[1:], "\n"))
 	go q.bootGuest()
 	for {
 		conn, err := monitor.AcceptUnix()
@@ -100,7 +105,7 @@ func (q *fakeQEMU) bootGuest() {
 		return
 	}
 	<-time.After(q.faults.boot) // the time that the guest takes
-	g := &fakeGuest{faults: q.faults, trace: q.control.trace, off: func() { q.guestEnds("guest-shutdown", "") }}
+	g := &fakeGuest{faults: q.faults, trace: q.trace, off: func() { q.guestEnds("guest-shutdown", "") }}
 	if err := g.serve(q.port); err != nil && !errors.Is(err, net.ErrClosed) {
 		fmt.Fprintln(os.Stderr, "fake guest:", err)
 	}
@@ -296,7 +301,7 @@ func (q *fakeQEMU) answer(c qmpCommand) {
 	if args != "" {
 		args = " " + args
 	}
-	q.control.trace("qmp", c.Execute+args)
+	q.trace("qmp", c.Execute+args)
 	result, err := q.execute(c)
 	if err != nil {
 		q.send(map[string]any{"id": c.ID, "error": map[string]string{"class": "GenericError", "desc": err.Error()}})

@@ -26,7 +26,7 @@ type gate struct {
 	pid  int
 	left int // opens to let through; below 0 all are
 	seen []string
-	hit  func() // called when the process stands at the gate; the process goes on when it returns
+	hit  func(path string) // called when the process stands at the gate; the process goes on when it returns
 }
 
 // newGate watches a directory that is a mount. Its error is errors.ErrUnsupported where the kernel cannot ask.
@@ -48,7 +48,7 @@ func newGate(dir string) (*gate, error) {
 }
 
 // arm lets so many opens of a process through and calls hit at the next one. With a negative number it only takes note.
-func (g *gate) arm(pid, opens int, hit func()) {
+func (g *gate) arm(pid, opens int, hit func(path string)) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.pid, g.left, g.hit, g.seen = pid, opens, hit, nil
@@ -93,7 +93,7 @@ func (g *gate) answer(e *unix.FanotifyEventMetadata) {
 	}
 	path, _ := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", e.Fd))
 	if hit := g.note(int(e.Pid), path); hit != nil {
-		hit()
+		hit(path)
 	}
 	var response [8]byte
 	binary.NativeEndian.PutUint32(response[:], uint32(e.Fd))
@@ -103,7 +103,7 @@ func (g *gate) answer(e *unix.FanotifyEventMetadata) {
 }
 
 // note counts an open and returns what is to be done at it.
-func (g *gate) note(pid int, path string) func() {
+func (g *gate) note(pid int, path string) func(string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	rel, err := filepath.Rel(g.dir, path)

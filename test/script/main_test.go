@@ -54,7 +54,12 @@ func TestMain(m *testing.M) {
 		os.Exit(runFakeQEMU(os.Args))
 	}
 	flag.Parse()
-	os.Exit(run(m))
+	code := run(m)
+	if err := goleak.Find(); err != nil && code == 0 {
+		fmt.Fprintln(os.Stderr, "after all tests:", err)
+		code = 1
+	}
+	os.Exit(code)
 }
 
 func run(m *testing.M) (code int) {
@@ -66,7 +71,7 @@ func run(m *testing.M) (code int) {
 		}
 		theBed = b
 		defer func() {
-			if err := errors.Join(b.close(), goleak.Find()); err != nil {
+			if err := b.close(); err != nil {
 				fmt.Fprintln(os.Stderr, "after all tests:", err)
 				code = 1
 			}
