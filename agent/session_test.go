@@ -96,7 +96,10 @@ func TestSessionIgnoresGarbageBefore(t *testing.T) {
 	p := newFakePort()
 	echoGuest(t, p)
 	for i, garbage := range [][]byte{
-		{1}, {0}, {0, 0, 0}, randomBytes(1, 100), randomBytes(2, 100<<10),
+		{1},
+		{0},
+		{0, 0, 0},
+		randomBytes(1, 100), randomBytes(2, 100<<10),
 		appendFrame(nil, frame{nonce: 7, kind: kindData, payload: []byte("stale")}),
 		appendFrame(nil, frame{nonce: 7, kind: kindHello})[:5],
 		appendFrame(nil, frame{nonce: 7, kind: kindBye}),

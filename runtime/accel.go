@@ -17,6 +17,7 @@ import (
 	"github.com/vmruntime/vmruntime/agent"
 	"github.com/vmruntime/vmruntime/agent/agentpb"
 	"github.com/vmruntime/vmruntime/qemu"
+	"github.com/vmruntime/vmruntime/runtime/cgroup"
 )
 
 // Accelerators, as QEMU names them.
@@ -128,25 +129,30 @@ func nodeBootID() string {
 
 // proveKVM boots the guest under KVM until its agent answers.
 func (rt *Runtime) proveKVM(ctx context.Context) (err error) {
-	dir := filepath.Join(rt.cfg.Server.State, "accel-proof")
+	const name = "accel-proof"
+	dir, group := filepath.Join(rt.cfg.Server.State, name), cgroup.For("/", name)
+	// One that was cut short by the end of its daemon.
+	if err := errors.Join(group.Kill(ctx), os.RemoveAll(dir)); err != nil {
+		return err
+	}
 	if err := os.MkdirAll(dir, 0o711); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
 	m := rt.guestImage.machine(accelKVM)
 	m.Name, m.UUID = "vmruntime-accel-proof", uuidOf(newID())
 	m.VCPUs, m.MemoryBytes = 1, 128<<20
-	uid := rt.cfg.QEMU.UIDBase + rt.cfg.QEMU.UIDCount - 1
+	uid := rt.cfg.QEMU.UIDBase + rt.cfg.QEMU.UIDCount
 	vm, err := qemu.Start(ctx, qemu.Spec{
 		Machine: m, Binary: rt.cfg.QEMU.Binary, Launcher: rt.launcher, RunDir: dir, UID: uid, GID: uid,
-		Place: func(int) error { return nil },
+		Place: group.Add,
 	})
 	if err != nil {
-		return errors.Join(err, os.RemoveAll(dir))
+		return errors.Join(err, group.Delete(), os.RemoveAll(dir))
 	}
 	defer func() {
 		kill, cancel := context.WithTimeout(context.WithoutCancel(ctx), teardownTimeout)
 		defer cancel()
-		err = errors.Join(err, vm.Kill(kill), vm.Close(), os.RemoveAll(dir))
+		err = errors.Join(err, vm.Kill(kill), vm.Close(), group.Delete(), os.RemoveAll(dir))
 	}()
 	client, err := agent.Dial(ctx, vm.AgentSocket())
 	if err != nil {

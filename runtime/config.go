@@ -77,7 +77,7 @@ type QEMUConfig struct {
 	Accel     string `toml:"accel" comment:"kvm, tcg (emulation, slow, works everywhere) or auto: kvm where a guest was seen to boot with it, else tcg."`
 	Virtiofsd string `toml:"virtiofsd" comment:"Serves directories of the host to a VM. Empty: the first of /usr/libexec/virtiofsd, /usr/lib/virtiofsd,\n/usr/lib/qemu/virtiofsd and /usr/bin/virtiofsd that is there."`
 	UIDBase   uint32 `toml:"uid_base" comment:"Every VM runs as a user and group ID of its own, from this one on. They should belong to nobody else on the node."`
-	UIDCount  uint32 `toml:"uid_count" comment:"How many such IDs there are, so how many VM pods."`
+	UIDCount  uint32 `toml:"uid_count" comment:"How many such IDs there are, so how many VM pods. The one after them is the acceleration proof's."`
 }
 
 // GuestConfig is the section [guest].

@@ -203,14 +203,15 @@ func (c *container) share() error {
 		if m.Via != viaShare {
 			continue
 		}
-		if err := bindShare(filepath.Join(c.pod.shareDir(), m.Name), m); err != nil {
+		if err := bindShare(c.pod.shareTargets(), c.pod.shareDir(), m); err != nil {
 			return fmt.Errorf("share %q with the guest: %w", m.HostPath, err)
 		}
 	}
 	return nil
 }
 
-// makeShareTree makes the root of the shared tree a mount of its own, whose later mounts virtiofsd sees.
+// makeShareTree makes the root of the shared tree a mount of its own, whose later mounts virtiofsd sees. It is a read-only
+// view of the directory in which the daemon makes mount points, so that the guest can plant nothing there.
 func (p *pod) makeShareTree() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -218,11 +219,16 @@ func (p *pod) makeShareTree() error {
 	if mounted, err := mountinfo.Mounted(dir); err == nil && mounted {
 		return nil
 	}
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
+	for _, d := range []string{dir, p.shareTargets()} {
+		if err := os.MkdirAll(d, 0o755); err != nil {
+			return err
+		}
 	}
-	if err := unix.Mount(dir, dir, "", unix.MS_BIND, ""); err != nil {
+	if err := unix.Mount(p.shareTargets(), dir, "", unix.MS_BIND, ""); err != nil {
 		return &fs.PathError{Op: "bind", Path: dir, Err: err}
+	}
+	if err := unix.MountSetattr(unix.AT_FDCWD, dir, 0, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}); err != nil {
+		return &fs.PathError{Op: "make read-only", Path: dir, Err: err}
 	}
 	if err := unix.Mount("", dir, "", unix.MS_SHARED, ""); err != nil {
 		return &fs.PathError{Op: "make shared", Path: dir, Err: err}
@@ -232,19 +238,20 @@ func (p *pod) makeShareTree() error {
 
 // bindShare makes a mount's source appear in the shared tree. It is attached when it is as it has to be: what is changed
 // later does not reach a virtiofsd that serves already.
-func bindShare(target string, m resolvedMount) error {
+func bindShare(targets, tree string, m resolvedMount) error {
+	target := filepath.Join(tree, m.Name)
 	if mounted, err := mountinfo.Mounted(target); err == nil && mounted {
 		return nil
 	}
-	if err := makeTarget(target, m.HostPath); err != nil {
+	if err := makeTarget(filepath.Join(targets, m.Name), m.HostPath); err != nil {
 		return err
 	}
 	fd, err := unix.OpenTree(unix.AT_FDCWD, m.HostPath, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_RECURSIVE)
 	if err != nil {
 		return &fs.PathError{Op: "open_tree", Path: m.HostPath, Err: err}
 	}
-	tree := os.NewFile(uintptr(fd), m.HostPath)
-	defer func() { _ = tree.Close() }()
+	source := os.NewFile(uintptr(fd), m.HostPath)
+	defer func() { _ = source.Close() }()
 	if err := prepareShare(fd, m); err != nil {
 		return &fs.PathError{Op: "mount_setattr", Path: m.HostPath, Err: err}
 	}
@@ -293,12 +300,11 @@ func (c *container) unshare() error {
 		if m.Via != viaShare {
 			continue
 		}
-		target := filepath.Join(c.pod.shareDir(), m.Name)
-		if err := unmountBelow(target); err != nil {
+		if err := unmountBelow(filepath.Join(c.pod.shareDir(), m.Name)); err != nil {
 			errs = append(errs, err)
 			continue
 		}
-		if err := os.Remove(target); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := os.Remove(filepath.Join(c.pod.shareTargets(), m.Name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			errs = append(errs, err)
 		}
 	}

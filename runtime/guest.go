@@ -46,6 +46,7 @@ type guest struct {
 	plug  sync.Mutex        // held while devices are added
 	share *qemu.ShareServer // started by this daemon; plug guards it
 
+	ctx    context.Context // ends with the VM, or with Close
 	cancel context.CancelFunc
 	owned  sync.WaitGroup
 	done   chan struct{}
@@ -58,6 +59,7 @@ func newGuest(p *pod, boot int, vm *qemu.VM) *guest {
 		pod: p, boot: boot, vm: vm,
 		log:     p.log.With("boot", boot),
 		changed: make(chan struct{}),
+		ctx:     ctx,
 		cancel:  cancel,
 		done:    make(chan struct{}),
 	}
@@ -281,6 +283,25 @@ func (g *guest) mountShare(ctx context.Context, client *agent.Client) error {
 	return err
 }
 
+// followShare ends the guest when virtiofsd ends before it: every process that uses a shared directory would hang for
+// good. The caller holds plug, or nobody else knows the guest yet.
+func (g *guest) followShare(server *qemu.ShareServer) {
+	g.share = server
+	g.owned.Go(func() {
+		select {
+		case <-g.ctx.Done():
+			return
+		case <-server.Done():
+		}
+		g.log.Warn("virtiofsd ended; its VM is ended too", "stderr", server.Stderr())
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(g.ctx), plugTimeout)
+		defer cancel()
+		if err := g.vm.Kill(ctx); err != nil {
+			g.log.Error("ending a VM without virtiofsd", "error", err)
+		}
+	})
+}
+
 func (g *guest) startShare(ctx context.Context) error {
 	spec, err := g.pod.shareSpec()
 	if err != nil {
@@ -294,7 +315,7 @@ func (g *guest) startShare(ctx context.Context) error {
 	if err := g.vm.AddShare(ctx, qemu.Share{Tag: shareTag, Socket: server.Socket()}); err != nil {
 		return errors.Join(fmt.Errorf("plug the share: %w", err), server.Kill(ctx), server.Close())
 	}
-	g.share = server
+	g.followShare(server)
 	return g.pod.update(func(s *podStatus) error {
 		s.Guest.Share = &record
 		return nil

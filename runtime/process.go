@@ -208,6 +208,9 @@ func (c *container) finish(end containerEnd) {
 			return nil
 		}
 		s.ExitCode, s.Reason, s.Message, s.FinishedAt = end.code, end.reason, end.message, end.at
+		if s.FinishedAt.Before(s.StartedAt) { // the guest's clock told one, the node's the other
+			s.FinishedAt = s.StartedAt
+		}
 		return nil
 	})
 	if err != nil {

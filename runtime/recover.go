@@ -24,10 +24,13 @@ import (
 //   - The guest keeps output that was not acknowledged and exit codes until the container is removed.
 //   - Nobody else makes resources under names that derive from our pod IDs.
 
-// recoverParallel bounds how many pods are recovered side by side; recoverTimeout how long one may take.
+// recoverParallel bounds how many pods are recovered side by side; recoverTimeout how long one may take; answerTimeout how
+// long one guest may take to answer: all pods wait for the slowest, and a guest that hangs must not keep the node away
+// for long. It is followed all the same.
 const (
 	recoverParallel = 16
 	recoverTimeout  = 30 * time.Second
+	answerTimeout   = 5 * time.Second
 )
 
 // Recover takes up every pod that an earlier daemon left, tears down what is half made, and sweeps away what
@@ -145,17 +148,37 @@ func (rt *Runtime) recoverPod(ctx context.Context, p *pod) error {
 	}
 	g := newGuest(p, s.Guest.Boot, vm)
 	p.setGuest(g)
+	if err := g.recoverShare(ctx, s.Guest.Share); err != nil {
+		p.log.Error("taking up virtiofsd", "error", err)
+	}
 	return rt.recoverContainers(ctx, p, g)
+}
+
+// recoverShare takes up the guest's virtiofsd. Without it the guest is of no use.
+func (g *guest) recoverShare(ctx context.Context, record *qemu.ShareRecord) error {
+	if record == nil {
+		return nil
+	}
+	server, err := qemu.AttachShareServer(*record)
+	if err != nil {
+		return errors.Join(err, g.vm.Kill(ctx))
+	}
+	g.plug.Lock()
+	defer g.plug.Unlock()
+	g.followShare(server)
+	return nil
 }
 
 // recoverContainers takes up following what runs in a guest. A container that the guest has started and whose
 // record does not say so was caught between the two: the record is completed.
 func (rt *Runtime) recoverContainers(ctx context.Context, p *pod, g *guest) error {
 	states := make(map[string]*agentpb.ProcessState)
-	client, err := g.session(ctx)
+	ask, cancel := context.WithTimeout(ctx, answerTimeout)
+	defer cancel()
+	client, err := g.session(ask)
 	if err == nil {
 		var list *agentpb.ListResponse
-		if list, err = client.List(ctx, &agentpb.ListRequest{}); err == nil {
+		if list, err = client.List(ask, &agentpb.ListRequest{}); err == nil {
 			for _, s := range list.GetProcesses() {
 				if s.GetExecId() == "" {
 					states[s.GetContainerId()] = s

@@ -50,6 +50,7 @@ type Runtime struct {
 	mu         sync.RWMutex
 	pods       map[string]*pod
 	containers map[string]*container
+	takenUIDs  map[uint32]bool // of pods whose record is being written
 
 	// ctx ends when the daemon stops; owned are the goroutines that end with it.
 	ctx    context.Context
@@ -85,6 +86,7 @@ func New(cfg Config, d Dependencies) (*Runtime, error) {
 		containerNames: state.NewNames(),
 		pods:           make(map[string]*pod),
 		containers:     make(map[string]*container),
+		takenUIDs:      make(map[uint32]bool),
 	}
 	if rt.images, err = image.New(image.Options{
 		Root: filepath.Join(cfg.Server.Root, "images"), Client: d.Containerd, Namespace: CRINamespace, Logger: d.Logger,

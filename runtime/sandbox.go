@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -44,9 +45,7 @@ func podName(m *runtimeapi.PodSandboxMetadata) string {
 // createPod writes the record of a sandbox that has nothing yet.
 func (rt *Runtime) createPod(id string, req *runtimeapi.RunPodSandboxRequest) (*pod, error) {
 	vcpus, memory := rt.cfg.VM.size(req.GetConfig())
-	rt.mu.Lock()
-	defer rt.mu.Unlock()
-	uid, err := rt.freeUID()
+	uid, err := rt.takeUID()
 	if err != nil {
 		return nil, err
 	}
@@ -59,6 +58,9 @@ func (rt *Runtime) createPod(id string, req *runtimeapi.RunPodSandboxRequest) (*
 		MemoryBytes: memory,
 	}
 	rec, err := rt.podStore.Create(id, spec, podStatus{})
+	rt.mu.Lock()
+	defer rt.mu.Unlock()
+	delete(rt.takenUIDs, uid)
 	if err != nil {
 		return nil, err
 	}
@@ -67,14 +69,17 @@ func (rt *Runtime) createPod(id string, req *runtimeapi.RunPodSandboxRequest) (*
 	return p, nil
 }
 
-// freeUID finds a user ID that no other VM has. The caller holds mu.
-func (rt *Runtime) freeUID() (uint32, error) {
-	used := make(map[uint32]bool, len(rt.pods))
+// takeUID finds a user ID that no other VM has, and keeps it until the pod's record does.
+func (rt *Runtime) takeUID() (uint32, error) {
+	rt.mu.Lock()
+	defer rt.mu.Unlock()
+	used := maps.Clone(rt.takenUIDs)
 	for _, p := range rt.pods {
 		used[p.rec.Spec().UID] = true
 	}
 	for i := range rt.cfg.QEMU.UIDCount {
 		if uid := rt.cfg.QEMU.UIDBase + i; !used[uid] {
+			rt.takenUIDs[uid] = true
 			return uid, nil
 		}
 	}

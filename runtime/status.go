@@ -17,9 +17,8 @@ func (rt *Runtime) Status(ctx context.Context, req *runtimeapi.StatusRequest) (*
 			condition(runtimeapi.RuntimeReady, "VMRuntimeNotReady", rt.runnable()),
 			condition(runtimeapi.NetworkReady, "NetworkPluginNotReady", rt.net.Ready(ctx)),
 		}},
-		// A node has a feature only if both its runtimes do.
-		// A promise for every pod of the node. User namespaces with the host network are containerd's alone: VM pods are
-		// refused both, as their handler's features say.
+		// A node has a feature only if both its runtimes do. User namespaces with the host network are told as had, so
+		// that containerd's word decides: a VM pod is refused either by itself.
 		Features: &runtimeapi.RuntimeFeatures{SupplementalGroupsPolicy: true, MountOptions: true, UserNamespacesHostNetwork: true},
 	}
 	for _, h := range rt.cfg.VM.Handlers {

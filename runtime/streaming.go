@@ -135,11 +135,8 @@ func (g *guest) copyStdin(ctx context.Context, ref *agentpb.ProcessRef, in io.Re
 	for {
 		n, err := in.Read(buf)
 		if n > 0 {
-			client, serr := g.session(ctx)
-			if serr != nil {
-				return
-			}
-			if _, werr := client.WriteStdin(ctx, &agentpb.WriteStdinRequest{Process: ref, Data: buf[:n]}); werr != nil {
+			if werr := g.writeStdin(ctx, ref, buf[:n]); werr != nil {
+				g.log.Debug("writing standard input", "error", werr)
 				return
 			}
 		}
@@ -153,6 +150,29 @@ func (g *guest) copyStdin(ctx context.Context, ref *agentpb.ProcessRef, in io.Re
 		}
 		return
 	}
+}
+
+// writeStdin waits until the process has taken all; one that does not read is waited for as on a full pipe.
+func (g *guest) writeStdin(ctx context.Context, ref *agentpb.ProcessRef, data []byte) error {
+	for len(data) > 0 {
+		client, err := g.session(ctx)
+		if err != nil {
+			return err
+		}
+		n, err := g.pollStdin(ctx, client, ref, data)
+		if err != nil {
+			return err
+		}
+		data = data[n:]
+	}
+	return nil
+}
+
+func (g *guest) pollStdin(ctx context.Context, client agentClient, ref *agentpb.ProcessRef, data []byte) (int64, error) {
+	ctx, cancel := context.WithTimeout(ctx, pollTimeout)
+	defer cancel()
+	resp, err := client.WriteStdin(ctx, &agentpb.WriteStdinRequest{Process: ref, Data: data})
+	return resp.GetWritten(), err
 }
 
 func (g *guest) copyResize(ctx context.Context, ref *agentpb.ProcessRef, resize <-chan remotecommand.TerminalSize) {

@@ -22,7 +22,7 @@ type AgentService interface {
 	Signal(context.Context, *SignalRequest) (*Empty, error)
 	Wait(context.Context, *ProcessRef) (*ProcessState, error)
 	ReadOutput(context.Context, *ReadOutputRequest) (*ReadOutputResponse, error)
-	WriteStdin(context.Context, *WriteStdinRequest) (*Empty, error)
+	WriteStdin(context.Context, *WriteStdinRequest) (*WriteStdinResponse, error)
 	CloseStdin(context.Context, *ProcessRef) (*Empty, error)
 	ResizeTerminal(context.Context, *ResizeTerminalRequest) (*Empty, error)
 	List(context.Context, *ListRequest) (*ListResponse, error)
@@ -331,8 +331,8 @@ func (c *agentClient) ReadOutput(ctx context.Context, req *ReadOutputRequest) (*
 	return &resp, nil
 }
 
-func (c *agentClient) WriteStdin(ctx context.Context, req *WriteStdinRequest) (*Empty, error) {
-	var resp Empty
+func (c *agentClient) WriteStdin(ctx context.Context, req *WriteStdinRequest) (*WriteStdinResponse, error) {
+	var resp WriteStdinResponse
 	if err := c.client.Call(ctx, "vmruntime.agent.v1.Agent", "WriteStdin", req, &resp); err != nil {
 		return nil, err
 	}

@@ -252,7 +252,7 @@ func (p *process) state() *agentpb.ProcessState {
 	return st
 }
 
-func (p *process) writeStdin(ctx context.Context, data []byte) error {
+func (p *process) writeStdin(ctx context.Context, data []byte) (int, error) {
 	p.mu.Lock()
 	f, pid := p.stdin, p.pid
 	p.mu.Unlock()
@@ -264,22 +264,22 @@ func (p *process) writeStdin(ctx context.Context, data []byte) error {
 		case pid == 0:
 			why = "is not open before the start"
 		}
-		return fmt.Errorf("standard input of %s %s: %w", p.name(), why, errdefs.ErrFailedPrecondition)
+		return 0, fmt.Errorf("standard input of %s %s: %w", p.name(), why, errdefs.ErrFailedPrecondition)
 	}
 	deadline, _ := ctx.Deadline()
 	if err := f.SetWriteDeadline(deadline); err != nil && !errors.Is(err, os.ErrClosed) {
-		return err
+		return 0, err
 	}
 	stop := context.AfterFunc(ctx, func() { _ = f.SetWriteDeadline(time.Now()) })
 	defer stop()
-	_, err := f.Write(data)
+	n, err := f.Write(data)
 	switch {
 	case errors.Is(err, unix.EPIPE), errors.Is(err, os.ErrClosed), errors.Is(err, unix.EIO):
-		return fmt.Errorf("standard input of %s is closed: %w", p.name(), errdefs.ErrFailedPrecondition)
+		return n, fmt.Errorf("standard input of %s is closed: %w", p.name(), errdefs.ErrFailedPrecondition)
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		return fmt.Errorf("%s does not read its standard input: %w", p.name(), context.DeadlineExceeded)
+		return n, nil
 	}
-	return err
+	return n, err
 }
 
 func (p *process) closeStdin() {

@@ -283,16 +283,19 @@ func (s *Server) ReadOutput(ctx context.Context, req *agentpb.ReadOutputRequest)
 	return resp, nil
 }
 
-// WriteStdin answers when the bytes are in the pipe. A process that does not read them in time is
-// DeadlineExceeded; how many it has taken is then unknown.
-func (s *Server) WriteStdin(ctx context.Context, req *agentpb.WriteStdinRequest) (*agentpb.Empty, error) {
+// WriteStdin answers when the bytes are in the pipe, or in time before the deadline with how many of them are.
+func (s *Server) WriteStdin(ctx context.Context, req *agentpb.WriteStdinRequest) (*agentpb.WriteStdinResponse, error) {
 	_, p, err := s.process(req.Process)
 	if err != nil {
 		return nil, err
 	}
 	ctx, cancel := waitContext(ctx)
 	defer cancel()
-	return &agentpb.Empty{}, p.writeStdin(ctx, req.Data)
+	n, err := p.writeStdin(ctx, req.Data)
+	if err != nil {
+		return nil, err
+	}
+	return &agentpb.WriteStdinResponse{Written: int64(n)}, nil
 }
 
 // CloseStdin closes the pipe of an exec, or of a container with stdin_once. It does nothing to a terminal.
