@@ -280,14 +280,12 @@ func (o *output) forget(offsets [2]uint64) {
 func (o *output) beyond(offsets [2]uint64, limit int64) []*agentpb.OutputChunk {
 	var chunks []*agentpb.OutputChunk
 	for _, c := range o.chunks {
-		skip := uint64(0)
-		if off := offsets[c.stream]; off > c.offset {
-			skip = off - c.offset
+		off := offsets[c.stream]
+		if off >= c.end() {
+			continue // read, and kept because it is not acknowledged
 		}
+		skip := max(off, c.offset) - c.offset
 		data := c.data[skip:]
-		if len(data) == 0 {
-			continue
-		}
 		if int64(len(data)) > limit {
 			if len(chunks) > 0 {
 				break

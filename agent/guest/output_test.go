@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -112,6 +113,25 @@ func TestOutputThatIsReadButNotAcknowledgedIsKept(t *testing.T) {
 	}
 	_ = w.Close()
 	o.stop()
+}
+
+// Chunks that were read and are not acknowledged lie wholly before what is read next.
+func TestOutputBehindManyUnacknowledgedChunks(t *testing.T) {
+	o := newOutput(0)
+	for i := range 10 {
+		o.add(i%2, []byte("0123456789"))
+	}
+	chunks, _, err := o.read(t.Context(), [2]uint64{30, 41}, [2]uint64{0, 5}, 1<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, c := range chunks {
+		got = append(got, string(c.Data))
+	}
+	if want := []string{"0123456789", "0123456789", "123456789"}; !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
 }
 
 func TestOutputBlocksTheWriter(t *testing.T) {
