@@ -46,12 +46,15 @@ func (l *layer) add(h tar.Header, data string) {
 func (l *layer) dir(name string) {
 	l.add(tar.Header{Name: name, Typeflag: tar.TypeDir, Mode: 0o755}, "")
 }
+
 func (l *layer) file(name, data string) {
 	l.add(tar.Header{Name: name, Typeflag: tar.TypeReg, Mode: 0o644}, data)
 }
+
 func (l *layer) link(name, target string) {
 	l.add(tar.Header{Name: name, Typeflag: tar.TypeLink, Linkname: target, Mode: 0o4755}, "") // of the inode
 }
+
 func (l *layer) symlink(name, target string) {
 	l.add(tar.Header{Name: name, Typeflag: tar.TypeSymlink, Linkname: target, Mode: 0o777}, "")
 }
