@@ -24,7 +24,7 @@ const (
 )
 
 // points is how many points of each kind are taken; 0 is all.
-var points = flag.Int("points", 10, "at how many points of each kind the daemon is killed; 0 is all")
+var points = flag.Int("points", 8, "at how many points of each kind the daemon is killed; 0 is all")
 
 // The daemon is killed as it opens a file of its state: before and after records are written, while disks are made, while
 // logs are begun; and while it waits for an answer of QEMU or the guest. The next one has to list what the client was told,
@@ -41,7 +41,7 @@ func TestCrash(t *testing.T) {
 	if _, err := guestCommand(w, []string{"step"}); err != nil {
 		t.Fatal(err)
 	}
-	g, err := newGate(w.bed.records)
+	g, err := newGate(w.bed.records, w.bed.program())
 	if errors.Is(err, errors.ErrUnsupported) {
 		t.Skipf("needs fanotify's permission events, to stop the daemon at a file: %v", err)
 	}
@@ -58,10 +58,10 @@ func TestCrash(t *testing.T) {
 		}
 	}()
 	opens, calls := countPoints(t, w, g)
-	killAll(t, w, g, "open", opens, func(pid, n int, kill func(string)) {
-		g.arm(pid, n, func(path string) { kill(path) })
+	killAll(t, w, g, "open", opens, func(n int, kill func(string)) {
+		g.arm(n, func(_ int, path string) { kill(path) })
 	})
-	killAll(t, w, g, "call", calls, func(_, n int, kill func(string)) {
+	killAll(t, w, g, "call", calls, func(n int, kill func(string)) {
 		w.bed.control.watch(func(r report) {
 			if n--; n == -1 {
 				kill(r.Kind + " " + r.Text)
@@ -72,7 +72,7 @@ func TestCrash(t *testing.T) {
 }
 
 // killAll lives a life for each point of a kind. arm has the daemon killed at the given one.
-func killAll(t *testing.T, w *world, g *gate, kind string, total int, arm func(pid, n int, kill func(where string))) {
+func killAll(t *testing.T, w *world, g *gate, kind string, total int, arm func(n int, kill func(where string))) {
 	order := rand.New(rand.NewSource(crashSeed)).Perm(total)
 	if *points > 0 {
 		order = order[:min(total, *points)]
@@ -87,7 +87,7 @@ func killAll(t *testing.T, w *world, g *gate, kind string, total int, arm func(p
 			return // what a failure left behind would fail the next ones too
 		}
 		t.Run(name, func(t *testing.T) {
-			crashAt(t, w, g, name, again, func(pid int, kill func(string)) { arm(pid, point, kill) })
+			crashAt(t, w, g, name, again, func(kill func(string)) { arm(point, kill) })
 		})
 	}
 	t.Logf("killed at %d of %d points: %s", len(order), total, kind)
@@ -99,7 +99,7 @@ func countPoints(t *testing.T, w *world, g *gate) (opens, calls int) {
 	if err := w.startDaemon(nil); err != nil {
 		t.Fatal(err)
 	}
-	g.arm(w.bed.VMRuntimePID(), -1, nil)
+	g.arm(-1, nil)
 	w.bed.control.watch(func(report) { calls++ })
 	l := &life{w: w, name: "whole"}
 	if err := l.goOn(); err != nil {
@@ -122,7 +122,7 @@ func summary(opened []string) string {
 	return fmt.Sprint(count)
 }
 
-func crashAt(t *testing.T, w *world, g *gate, name string, again int, arm func(pid int, kill func(string))) {
+func crashAt(t *testing.T, w *world, g *gate, name string, again int, arm func(kill func(string))) {
 	if w.bed.VMRuntimePID() == 0 {
 		if err := w.startDaemon(nil); err != nil {
 			t.Fatal(err)
@@ -131,7 +131,7 @@ func crashAt(t *testing.T, w *world, g *gate, name string, again int, arm func(p
 	pid := w.bed.VMRuntimePID()
 	var mu sync.Mutex
 	where := "the end"
-	arm(pid, func(at string) {
+	arm(func(at string) {
 		mu.Lock()
 		defer mu.Unlock()
 		where = at
@@ -139,7 +139,7 @@ func crashAt(t *testing.T, w *world, g *gate, name string, again int, arm func(p
 	})
 	l := &life{w: w, name: name}
 	err := l.goOn()
-	g.arm(0, -1, nil)
+	g.arm(-1, nil)
 	w.bed.control.watch(nil)
 	mu.Lock()
 	defer mu.Unlock()
@@ -170,21 +170,9 @@ func crashAt(t *testing.T, w *world, g *gate, name string, again int, arm func(p
 // killRecovery starts a daemon and kills it while it recovers, at the open of the given number if it gets there.
 func killRecovery(t *testing.T, w *world, g *gate, open int) {
 	t.Helper()
-	started := make(chan error, 1)
-	go func() { started <- w.startDaemon(nil) }()
-	killed := w.until(func() bool {
-		pid := w.bed.VMRuntimePID()
-		if pid == 0 {
-			return false
-		}
-		g.arm(pid, open%12, func(string) { _ = syscall.Kill(pid, syscall.SIGKILL) })
-		return true
-	})
-	if !killed {
-		t.Fatal("the daemon does not start")
-	}
-	<-started // ended, or ready when it opened fewer files
-	g.arm(0, -1, nil)
+	g.arm(open%12, func(pid int, _ string) { _ = syscall.Kill(pid, syscall.SIGKILL) })
+	_ = w.startDaemon(nil) // ended, or ready when it opened fewer files
+	g.arm(-1, nil)
 	if err := errors.Join(w.bed.KillVMRuntime(), w.disconnect()); err != nil {
 		t.Fatal(err)
 	}

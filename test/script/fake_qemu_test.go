@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -47,6 +48,7 @@ func isFakeQEMU(args []string) bool { return len(args) > 1 && args[1] == "-no-us
 
 // runFakeQEMU is the fake's main function. It returns the exit status.
 func runFakeQEMU(args []string) int {
+	signal.Ignore(syscall.SIGPIPE) // as QEMU does: nobody may read its error output any more
 	if err := newFakeQEMU(args).run(); err != nil {
 		fmt.Fprintln(os.Stderr, "fake qemu:", err)
 		return 1

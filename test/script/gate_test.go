@@ -13,24 +13,24 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// gate stops a process at a file that it opens: the kernel asks before every open below a directory, and the process
-// waits for the answer (fanotify(7)). A record is written by opening a temporary file before and its directory after the
+// gate stops the processes of a program at a file that they open: the kernel asks before every open below a directory, and
+// the process waits for the answer (fanotify(7)). A record is written by opening a temporary file before and its directory after the
 // rename, so killing the daemon there is killing it before and after each persist.
 type gate struct {
 	dir   string
+	exe   string // the program
 	fd    int
 	wake  int // an eventfd that ends the reader
 	owned sync.WaitGroup
 
 	mu   sync.Mutex
-	pid  int
 	left int // opens to let through; below 0 all are
 	seen []string
-	hit  func(path string) // called when the process stands at the gate; the process goes on when it returns
+	hit  func(pid int, path string) // called when a process stands at the gate, which goes on when it returns
 }
 
 // newGate watches a directory that is a mount. Its error is errors.ErrUnsupported where the kernel cannot ask.
-func newGate(dir string) (*gate, error) {
+func newGate(dir, exe string) (*gate, error) {
 	fd, err := unix.FanotifyInit(unix.FAN_CLASS_CONTENT|unix.FAN_CLOEXEC, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_LARGEFILE)
 	if err != nil {
 		return nil, fmt.Errorf("fanotify: %w: %w", err, errors.ErrUnsupported)
@@ -42,19 +42,19 @@ func newGate(dir string) (*gate, error) {
 	if err != nil {
 		return nil, errors.Join(err, unix.Close(fd))
 	}
-	g := &gate{dir: dir, fd: fd, wake: wake, left: -1}
+	g := &gate{dir: dir, exe: exe, fd: fd, wake: wake, left: -1}
 	g.owned.Go(g.read)
 	return g, nil
 }
 
-// arm lets so many opens of a process through and calls hit at the next one. With a negative number it only takes note.
-func (g *gate) arm(pid, opens int, hit func(path string)) {
+// arm lets so many opens through and calls hit at the next one. With a negative number it only takes note.
+func (g *gate) arm(opens int, hit func(pid int, path string)) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.pid, g.left, g.hit, g.seen = pid, opens, hit, nil
+	g.left, g.hit, g.seen = opens, hit, nil
 }
 
-// opened are the files that the process has opened since arm, below the directory.
+// opened are the files that were opened since arm, below the directory.
 func (g *gate) opened() []string {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -93,7 +93,7 @@ func (g *gate) answer(e *unix.FanotifyEventMetadata) {
 	}
 	path, _ := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", e.Fd))
 	if hit := g.note(int(e.Pid), path); hit != nil {
-		hit(path)
+		hit(int(e.Pid), path)
 	}
 	var response [8]byte
 	binary.NativeEndian.PutUint32(response[:], uint32(e.Fd))
@@ -103,11 +103,12 @@ func (g *gate) answer(e *unix.FanotifyEventMetadata) {
 }
 
 // note counts an open and returns what is to be done at it.
-func (g *gate) note(pid int, path string) func(string) {
+func (g *gate) note(pid int, path string) func(int, string) {
+	exe, _ := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid))
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	rel, err := filepath.Rel(g.dir, path)
-	if pid != g.pid || err != nil || strings.HasPrefix(rel, "..") {
+	if exe != g.exe || err != nil || strings.HasPrefix(rel, "..") {
 		return nil
 	}
 	g.seen = append(g.seen, rel)

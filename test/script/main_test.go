@@ -102,6 +102,7 @@ type bed struct {
 
 // Paths of the bed. The program lies where QEMU's would, and with what it needs beside it.
 func (b *bed) qemu() string       { return filepath.Join(b.dir, "qemu", "bin", "qemu-system-x86_64") }
+func (b *bed) program() string    { return filepath.Join(b.dir, "vmruntime") }
 func (b *bed) guestDir() string   { return filepath.Join(b.dir, "guest") }
 func (b *bed) cniDir() string     { return filepath.Join(b.dir, "cni-bin") }
 func (b *bed) configFile() string { return filepath.Join(b.Root, "vmruntime", "vmruntime.toml") }
@@ -148,7 +149,7 @@ func (b *bed) makeFiles(ctx context.Context) error {
 			return err
 		}
 	}
-	cmd := exec.CommandContext(ctx, "go", "build", "-o", filepath.Join(b.dir, "vmruntime"), "../../cmd/vmruntime")
+	cmd := exec.CommandContext(ctx, "go", "build", "-o", b.program(), "../../cmd/vmruntime")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("build vmruntime: %w\n%s", err, out)
 	}
@@ -184,7 +185,7 @@ func (b *bed) startNode(ctx context.Context) error {
 	}
 	b.Node, err = node.Start(ctx, node.Options{
 		Root: root, Registry: handler,
-		VMRuntime: filepath.Join(b.dir, "vmruntime"), GuestDir: b.guestDir(), LogLevel: "debug",
+		VMRuntime: b.program(), GuestDir: b.guestDir(), LogLevel: "debug",
 	})
 	if err != nil {
 		return err

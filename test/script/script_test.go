@@ -35,7 +35,7 @@ type worldKey struct{}
 
 // Each script starts with a daemon that has no pods and has to end with nothing left. Its commands:
 //
-//	daemon start [SECTION.KEY=VALUE...], daemon stop, daemon kill
+//	daemon start [-within=DURATION] [SECTION.KEY=VALUE...], daemon stop, daemon kill
 //	guest LINE...             the faults of VMs that are started from now on, see faults
 //	cni break|remove|repair PLUGIN
 //	qemu remove|repair        the program itself
@@ -204,7 +204,15 @@ func daemonCommand(w *world, args []string) (string, error) {
 	switch args[0] {
 	case "start":
 		changes := make(map[string]map[string]any)
+		limit := callTimeout
 		for _, a := range args[1:] {
+			if within, ok := strings.CutPrefix(a, "-within="); ok {
+				var err error
+				if limit, err = time.ParseDuration(within); err != nil {
+					return "", err
+				}
+				continue
+			}
 			key, value, _ := strings.Cut(a, "=")
 			section, name, _ := strings.Cut(key, ".")
 			if changes[section] == nil {
@@ -215,7 +223,14 @@ func daemonCommand(w *world, args []string) (string, error) {
 				changes[section][name] = n
 			}
 		}
-		return "", w.startDaemon(changes)
+		begin := time.Now()
+		if err := w.startDaemon(changes); err != nil {
+			return "", err
+		}
+		if took := time.Since(begin); took > limit {
+			return "", fmt.Errorf("the daemon was ready after %s, it has to be within %s", took, limit)
+		}
+		return "", nil
 	case "stop":
 		if err := w.disconnect(); err != nil {
 			return "", err
