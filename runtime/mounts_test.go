@@ -124,3 +124,17 @@ func TestVMSize(t *testing.T) {
 		}
 	}
 }
+
+func TestVMSizeCountsOnNoMoreThanThePodsOverhead(t *testing.T) {
+	const mib = 1 << 20
+	cfg := VMConfig{DefaultMemory: 256 * mib, GuestOverhead: 64 * mib, MinMemory: 128 * mib, MaxMemory: 1024 * mib, DefaultVCPUs: 1, MaxVCPUs: 4}
+	for overhead, want := range map[int64]int64{0: 264 * mib, 32 * mib: 232 * mib, 240 * mib: 264 * mib} {
+		_, memory := cfg.size(&runtimeapi.PodSandboxConfig{Linux: &runtimeapi.LinuxPodSandboxConfig{
+			Resources: &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 200 * mib},
+			Overhead:  &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: overhead},
+		}})
+		if memory != want {
+			t.Errorf("overhead %d: memory %d, want %d", overhead, memory, want)
+		}
+	}
+}
