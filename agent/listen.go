@@ -75,8 +75,8 @@ func (l *Listener) read() {
 			continue
 		}
 		if err == nil || errors.Is(err, io.EOF) {
-			l.drop(errHostGone)
-			frames = frameReader{buf: frames.buf[:0], lost: len(frames.buf) > 0 || frames.lost}
+			// No host is connected, or none was a moment ago: the kernel tells it aside of the bytes, so the next host's
+			// HELLO may have been read already. The session stays; the next HELLO ends it.
 			if l.pause() {
 				continue
 			}
@@ -125,6 +125,11 @@ func (l *Listener) hello(nonce uint64) {
 		l.drop(errReplaced)
 		l.current = newConn(l.port, nonce, nil)
 		c := l.current
+		c.onClose = func() {
+			if errors.Is(c.err, net.ErrClosed) { // by its user here; the host has to be told
+				_ = c.port.send(frame{nonce: nonce, kind: kindBye}, nil)
+			}
+		}
 		if err := l.port.send(frame{nonce: nonce, kind: kindAck}, nil); err != nil {
 			l.drop(err)
 			return

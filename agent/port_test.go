@@ -164,7 +164,7 @@ func echoGuest(t *testing.T, p *fakePort) *Listener {
 				defer c.Close()
 				_, err := io.Copy(c, c)
 				if err != nil && !errors.Is(err, net.ErrClosed) && !errors.Is(err, errReplaced) &&
-					!errors.Is(err, errHostGone) && !errors.Is(err, errGap) && !errors.Is(err, os.ErrClosed) {
+					!errors.Is(err, errGap) && !errors.Is(err, os.ErrClosed) {
 					t.Errorf("echo: %v", err)
 				}
 			})

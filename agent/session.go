@@ -42,7 +42,6 @@ const (
 
 var (
 	errReplaced = errors.New("the host has begun another session")
-	errHostGone = errors.New("the host has disconnected")
 	errStalled  = errors.New("received bytes are not being read")
 	errGap      = errors.New("bytes were lost on the port")
 	errBye      = errors.New("the guest has ended the session")
