@@ -4,7 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
-	"strconv"
+	"strings"
 )
 
 const (
@@ -18,9 +18,20 @@ const (
 
 	scsiBus = "scsi0.0"
 
+	codeNode = "firmware-code"
+	varsNode = "firmware-vars"
+
 	// The kernel and the initrd as QEMU sees them in its own root.
-	kernelPath = "/boot/kernel"
-	initrdPath = "/boot/initrd"
+	kernelPath   = "/boot/kernel"
+	initrdPath   = "/boot/initrd"
+	ignitionPath = "/boot/ignition"
+	// consolePath is what QEMU adds ".in" and ".out" to.
+	consolePath = "/console"
+
+	// Descriptor sets are numbered from 1 for Machine.Disks; QEMU itself chooses numbers for those that are plugged.
+	backingSet = 1000
+	codeSet    = 2001
+	varsSet    = 2002
 )
 
 // Descriptors are the numbers under which QEMU inherits what it does not open itself.
@@ -28,6 +39,15 @@ type Descriptors struct {
 	QMP, Agent int   // listening sockets
 	Disks      []int // one for each of Machine.Disks
 	NICs       []int // taps, one for each of Machine.NICs
+
+	GuestAgent int   // a listening socket, if Machine.GuestAgent
+	Backing    []int // one for each of Machine.Disks, 0 where there is none
+	Code, Vars int   // if Machine.Firmware
+	TPM        int   // a connected socket, if Machine.TPMSocket
+	Shares     []int // connected sockets, one for each of Machine.Shares
+
+	// Devices tells which of Machine.Disks are block devices; nil is none of them.
+	Devices []bool
 }
 
 // props is a device, node or object as the JSON that both the command line and QMP take. Its
@@ -51,25 +71,27 @@ func (m Machine) Args(fds Descriptors) []string {
 	if m.UUID != "" {
 		add("-uuid", m.UUID)
 	}
+	if m.Serial != "" {
+		add("-smbios", "type=1,serial="+m.Serial)
+	}
 	add("-machine", m.machineType())
 	add("-accel", m.accel())
 	add("-cpu", m.CPUModel)
 	add("-smp", fmt.Sprintf("cpus=%d,sockets=1,cores=%d,threads=1", m.VCPUs, m.VCPUs))
 	add("-m", fmt.Sprintf("%dM", m.MemoryBytes/mib))
-	add("-object", props{"qom-type": "memory-backend-memfd", "id": "mem", "size": m.MemoryBytes, "share": true}.String())
+	add("-object", m.memory().String())
 	add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
-	// A guest that resets has failed; one that ends is kept paused until that has been seen.
-	add("-action", "reboot=shutdown,shutdown=pause")
-	add("-kernel", kernelPath)
-	if m.Initrd != "" {
-		add("-initrd", initrdPath)
-	}
-	if m.Cmdline != "" {
-		add("-append", m.Cmdline)
+	add("-action", m.actions())
+	for _, o := range m.boot(fds) {
+		add(o.option, o.value)
 	}
 	add("-chardev", fmt.Sprintf("socket,id=qmp,fd=%d,server=on,wait=off", fds.QMP))
 	add("-mon", "chardev=qmp,mode=control")
-	add("-chardev", fmt.Sprintf("ringbuf,id=console,size=%d", consoleBytes))
+	if m.ConsolePipe {
+		add("-chardev", "pipe,id=console,path="+consolePath)
+	} else {
+		add("-chardev", fmt.Sprintf("ringbuf,id=console,size=%d", consoleBytes))
+	}
 	add("-serial", "chardev:console")
 	for _, d := range m.devices(fds) {
 		add(d.option, d.value)
@@ -78,10 +100,75 @@ func (m Machine) Args(fds Descriptors) []string {
 }
 
 func (m Machine) machineType() string {
+	t := "q35,memory-backend=mem,vmport=off,smbus=off,sata=off"
 	if m.Arch == ArchARM64 {
-		return "virt,memory-backend=mem,gic-version=max"
+		t = "virt,memory-backend=mem,gic-version=max"
 	}
-	return "q35,memory-backend=mem,vmport=off,smbus=off,sata=off"
+	if m.Type != "" {
+		_, options, _ := strings.Cut(t, ",")
+		t = m.Type + "," + options
+	}
+	if f := m.Firmware; f != nil {
+		t += ",pflash0=" + codeNode + ",pflash1=" + varsNode
+		if f.SecureBoot {
+			t += ",smm=on"
+		}
+	}
+	return t
+}
+
+func (m Machine) memory() props {
+	p := props{"qom-type": "memory-backend-memfd", "id": "mem", "size": m.MemoryBytes, "share": true}
+	if m.HugePageBytes > 0 {
+		// Taken now, or else the guest would die of the first page that is not there.
+		maps.Copy(p, props{"hugetlb": true, "hugetlbsize": m.HugePageBytes, "prealloc": true})
+	}
+	return p
+}
+
+// actions says what QEMU does when the guest ends: one that ends is kept paused until that has been seen.
+func (m Machine) actions() string {
+	a := "reboot=shutdown,shutdown=pause"
+	if m.ResetInPlace {
+		a = "reboot=reset,shutdown=pause"
+	}
+	switch m.Watchdog {
+	case "":
+	case WatchdogPoweroff: // of QEMU's own poweroff nobody would see the reason
+		a += ",watchdog=pause"
+	default:
+		a += ",watchdog=" + m.Watchdog
+	}
+	return a
+}
+
+// boot is firmware and kernel.
+func (m Machine) boot(fds Descriptors) (o []option) {
+	add := func(name, value string) { o = append(o, option{name, value}) }
+	if f := m.Firmware; f != nil {
+		add("-add-fd", fmt.Sprintf("fd=%d,set=%d,opaque=%s", fds.Code, codeSet, codeNode))
+		add("-blockdev", fileNode(codeNode, f.Format, codeSet, true, false).String())
+		add("-add-fd", fmt.Sprintf("fd=%d,set=%d,opaque=%s", fds.Vars, varsSet, varsNode))
+		add("-blockdev", fileNode(varsNode, f.Format, varsSet, false, false).String())
+		if f.SecureBoot {
+			add("-global", "driver=cfi.pflash01,property=secure,value=on")
+		}
+	}
+	if m.Kernel == "" {
+		add("-boot", "strict=on") // nothing but what has a boot index
+	} else {
+		add("-kernel", kernelPath)
+	}
+	if m.Initrd != "" {
+		add("-initrd", initrdPath)
+	}
+	if m.Cmdline != "" {
+		add("-append", m.Cmdline)
+	}
+	if m.Ignition != "" {
+		add("-fw_cfg", "name=opt/com.coreos/config,file="+ignitionPath)
+	}
+	return o
 }
 
 func (m Machine) accel() string {
@@ -89,68 +176,4 @@ func (m Machine) accel() string {
 		return "kvm"
 	}
 	return fmt.Sprintf("tcg,thread=multi,tb-size=%d", tcgBuffer)
-}
-
-type option struct{ option, value string }
-
-func (m Machine) devices(fds Descriptors) []option {
-	var o []option
-	add := func(name string, p props) { o = append(o, option{name, p.String()}) }
-	add("-object", props{"qom-type": "rng-builtin", "id": "rng"})
-	add("-device", pciDevice("virtio-rng-pci", "rng0", props{"rng": "rng"}))
-	o = append(o, option{"-chardev", fmt.Sprintf("socket,id=agent,fd=%d,server=on,wait=off", fds.Agent)})
-	add("-device", pciDevice("virtio-serial-pci", "serial0", props{"max_ports": 2}))
-	add("-device", props{"driver": "virtserialport", "id": "agent", "bus": "serial0.0", "nr": 1, "chardev": "agent", "name": agentPort})
-	add("-device", pciDevice("virtio-scsi-pci", "scsi0", nil))
-	for i, d := range m.Disks {
-		o = append(o, option{"-add-fd", fmt.Sprintf("fd=%d,set=%d,opaque=%s", fds.Disks[i], i+1, d.id())})
-		add("-blockdev", d.node(i+1))
-		dev := d.device()
-		dev["lun"] = i
-		add("-device", dev)
-	}
-	for i, n := range m.NICs {
-		add("-netdev", props{"type": "tap", "id": n.ID, "fd": strconv.Itoa(fds.NICs[i])})
-		add("-device", n.device())
-	}
-	for i := range m.HotplugPorts {
-		add("-device", props{"driver": "pcie-root-port", "id": portID(i), "bus": "pcie.0", "chassis": i + 1})
-	}
-	return o
-}
-
-// pciDevice is a virtio device of the current standard on the root bus.
-func pciDevice(driver, id string, more props) props {
-	p := props{"driver": driver, "id": id, "bus": "pcie.0", "disable-legacy": "on"}
-	maps.Copy(p, more)
-	return p
-}
-
-const portPrefix = "hotplug"
-
-func portID(i int) string { return portPrefix + strconv.Itoa(i) }
-
-// id names the disk's device, its block node and its descriptor set.
-func (d Disk) id() string { return "disk-" + d.Serial }
-
-// node is the block node on the descriptor set of the given number.
-func (d Disk) node(fdset int) props {
-	return props{
-		"driver": d.Format, "node-name": d.id(), "read-only": d.ReadOnly, "discard": "unmap",
-		"file": props{"driver": "file", "filename": fmt.Sprintf("/dev/fdset/%d", fdset), "read-only": d.ReadOnly, "discard": "unmap"},
-	}
-}
-
-// device is the disk itself. Without a "lun" QEMU takes the first free one.
-func (d Disk) device() props {
-	return props{"driver": "scsi-hd", "id": d.id(), "drive": d.id(), "serial": d.Serial, "bus": scsiBus, "channel": 0, "scsi-id": 0}
-}
-
-func (n NIC) device() props {
-	// The option ROM is for booting from the network.
-	p := pciDevice("virtio-net-pci", "nic-"+n.ID, props{"netdev": n.ID, "mac": n.MAC, "romfile": ""})
-	if n.MTU > 0 {
-		p["host_mtu"] = n.MTU
-	}
-	return p
 }

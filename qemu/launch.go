@@ -26,6 +26,8 @@ type job struct {
 	Argv []string `json:"argv"` // Argv[0] is an absolute path
 	// Confine, if there, takes away what the program has no need of.
 	Confine *confinement `json:"confine,omitempty"`
+	// LastUserNS says that the launcher's user namespace, which is not the node's, may have no others within.
+	LastUserNS bool `json:"lastUserNS,omitempty"`
 }
 
 // confinement is the little world of one QEMU.
@@ -73,6 +75,11 @@ func runJob() error {
 	if err := limits(); err != nil {
 		return err
 	}
+	if j.LastUserNS {
+		if err := os.WriteFile("/proc/sys/user/max_user_namespaces", []byte("0"), 0); err != nil {
+			return fmt.Errorf("forbid user namespaces: %w", err)
+		}
+	}
 	if c := j.Confine; c != nil {
 		if err := errors.Join(c.namespaces(), c.dropPrivileges()); err != nil {
 			return err
@@ -112,6 +119,14 @@ func (c *confinement) namespaces() error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("make mounts private: %w", err)
 	}
+	if err := c.fillRoot(); err != nil {
+		return err
+	}
+	return enter(c.Root)
+}
+
+// fillRoot mounts a new root over Root with what the program needs.
+func (c *confinement) fillRoot() error {
 	if err := unix.Mount("tmpfs", c.Root, "tmpfs", unix.MS_NOSUID|unix.MS_NOEXEC, "mode=0755,size=1m"); err != nil {
 		return fmt.Errorf("mount a new root: %w", err)
 	}
@@ -120,10 +135,7 @@ func (c *confinement) namespaces() error {
 			return fmt.Errorf("show %s in the new root: %w", b.Source, err)
 		}
 	}
-	if err := c.devices(); err != nil {
-		return err
-	}
-	return enter(c.Root)
+	return c.devices()
 }
 
 func (c *confinement) bind(b bind) error {

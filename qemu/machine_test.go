@@ -3,6 +3,7 @@ package qemu
 import (
 	"errors"
 	"flag"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -27,19 +28,58 @@ func pod() Machine {
 	}
 }
 
+// disked is a machine that boots its disk, with all that there is.
+func disked() Machine {
+	return Machine{
+		Name: "vmruntime-0123", UUID: "01234567-89ab-cdef-0123-456789abcdef", Serial: "vmr-0123", Arch: ArchX86, Type: TypeX86, Accel: AccelKVM,
+		VCPUs: 4, MemoryBytes: 2 << 30, HugePageBytes: 2 << 20, Ignition: "/ignition.json",
+		Firmware: &Firmware{Code: "/code.fd", Vars: "/vars.fd", Format: "raw", SecureBoot: true},
+		Disks: []Disk{
+			{Serial: "root", Path: "/overlay.qcow2", Format: "qcow2", Backing: &Backing{"/disk.qcow2", "qcow2"}, Bus: BusVirtio, BootIndex: 1},
+			{Serial: "data", Path: "/dev/sdx", Format: "raw", Bus: BusVirtio},
+			{Serial: "old", Path: "/old.img", Format: "raw", Bus: BusSATA, BootIndex: 2},
+			{Serial: "seed", Path: "/seed.iso", Format: "raw", Bus: BusSATA, ReadOnly: true, CDROM: true},
+		},
+		NICs:      []NIC{{ID: "net0", MAC: "52:54:00:00:00:01", MTU: 1450}, {ID: "net1", MAC: "52:54:00:00:00:02"}},
+		Shares:    []Share{{Tag: "config", Socket: "/config.sock"}},
+		TPMSocket: "/tpm.sock", HotplugPorts: 1, ConsolePipe: true, Video: VideoStd, Watchdog: WatchdogPoweroff, PanicDevice: true,
+		Balloon: true, GuestAgent: true, ResetInPlace: true,
+	}
+}
+
 func TestArgsGolden(t *testing.T) {
-	fds := Descriptors{QMP: 4, Agent: 5, Disks: []int{6, 7}, NICs: []int{8, 9}}
+	fds := Descriptors{
+		QMP: 4, Agent: 5, Disks: []int{6, 7, 20, 21}, NICs: []int{8, 9}, GuestAgent: 10, Backing: []int{11, 0, 0, 0}, Code: 12, Vars: 13, TPM: 14,
+		Shares: []int{15}, Devices: []bool{false, true, false, false},
+	}
+	podFDs := Descriptors{QMP: 4, Agent: 5, Disks: []int{6, 7}, NICs: []int{8, 9}}
 	kvm, arm := pod(), pod()
 	kvm.Accel = AccelKVM
 	arm.Arch, arm.Cmdline = ArchARM64, "console=ttyAMA0"
 	small := Machine{Name: "small", Arch: ArchX86, Accel: AccelTCG, Kernel: "/k"}
-	for name, m := range map[string]Machine{"x86_64-tcg": pod(), "x86_64-kvm": kvm, "aarch64-tcg": arm, "small": small} {
+	efi := disked()
+	efi.Arch, efi.Type, efi.Firmware.SecureBoot, efi.Video = ArchARM64, TypeARM64, false, VideoVirtio
+	direct := Machine{
+		Name: "direct", Arch: ArchX86, Type: TypeX86, Accel: AccelTCG, Kernel: "/k", Initrd: "/i", Cmdline: "root=/dev/sda1",
+		Disks: []Disk{{Serial: "root", Path: "/disk.img", Format: "raw"}, {Serial: "seed", Path: "/seed.iso", Format: "raw", ReadOnly: true, CDROM: true}},
+	}
+	bios := Machine{
+		Name: "bios", Arch: ArchX86, Type: TypeX86, Accel: AccelTCG, Video: VideoVirtio, Watchdog: WatchdogReset, ResetInPlace: true, ConsolePipe: true, Balloon: true,
+		Disks: []Disk{{Serial: "root", Path: "/o", Format: "qcow2", Backing: &Backing{"/disk.img", "raw"}, Bus: BusVirtio, BootIndex: 1}},
+	}
+	for name, tc := range map[string]struct {
+		m   Machine
+		fds Descriptors
+	}{
+		"x86_64-tcg": {pod(), podFDs}, "x86_64-kvm": {kvm, podFDs}, "aarch64-tcg": {arm, podFDs}, "small": {small, podFDs},
+		"x86_64-secureboot": {disked(), fds}, "aarch64-efi": {efi, fds}, "x86_64-direct": {direct, fds}, "x86_64-bios": {bios, fds},
+	} {
 		t.Run(name, func(t *testing.T) {
-			m = m.Defaults()
+			m := tc.m.Defaults()
 			if err := m.Validate(); err != nil {
 				t.Fatal(err)
 			}
-			got := strings.ReplaceAll(strings.Join(m.Args(fds), "\n"), "\n-", "\n\n-") + "\n"
+			got := strings.ReplaceAll(strings.Join(m.Args(tc.fds), "\n"), "\n-", "\n\n-") + "\n"
 			path := filepath.Join("testdata", name+".args")
 			if *update {
 				if err := os.WriteFile(path, []byte(got), 0o644); err != nil {
@@ -84,6 +124,52 @@ func TestValidate(t *testing.T) {
 			tc.change(&m)
 			checkErrors(t, m.Validate(), tc.want)
 		})
+	}
+}
+
+func TestValidateDisked(t *testing.T) {
+	for name, tc := range map[string]struct {
+		change func(*Machine)
+		want   []string
+	}{
+		"valid":           {func(*Machine) {}, nil},
+		"nothing to boot": {func(m *Machine) { m.Disks = nil }, []string{`machine.kernel is ""; it has to be an absolute path, or empty if there is a disk`}},
+		"no kernel":       {func(m *Machine) { m.Initrd, m.Cmdline = "/i", "quiet" }, []string{"machine.initrd", "machine.cmdline"}},
+		"firmware": {func(m *Machine) { m.Firmware = &Firmware{Code: "c", Format: "vmdk"} }, []string{
+			`machine.firmware.code is "c"`, "machine.firmware.vars", `machine.firmware.format is "vmdk"; it has to be raw or qcow2`,
+		}},
+		"arm":                  {func(m *Machine) { m.Arch = ArchARM64 }, []string{`machine.type is "pc-q35-7.2"`, "machine.firmware.secureBoot"}},
+		"arm without firmware": {func(m *Machine) { m.Arch, m.Type, m.Firmware = ArchARM64, "", nil }, []string{"machine.firmware is"}},
+		"words": {func(m *Machine) { m.Serial, m.Type, m.Video, m.Watchdog = "a,b", "q35", "cirrus", "none" }, []string{
+			`machine.serial is "a,b"`, `machine.type is "q35"`, `machine.video is "cirrus"`, `machine.watchdog is "none"`,
+		}},
+		"huge pages": {func(m *Machine) { m.HugePageBytes, m.MemoryBytes = 1<<30, 3<<29 }, []string{"machine.hugePageBytes"}},
+		"paths": {func(m *Machine) { m.TPMSocket, m.Ignition, m.Shares[0].Socket = "t", "i", "s" }, []string{
+			"machine.tpmSocket", "machine.ignition", "machine.shares[0].socket",
+		}},
+		"shares": {func(m *Machine) { m.Shares = append(m.Shares, m.Shares[0]); m.Shares[0].Tag = "Ä" }, []string{`machine.shares[0].tag is "Ä"`}},
+		"disks": {func(m *Machine) {
+			m.Disks[0].Backing, m.Disks[0].Bus, m.Disks[1].CDROM, m.Disks[2].BootIndex = &Backing{"b", "vdi"}, "ide", true, 1
+		}, []string{
+			"machine.disks[0].backing.path", "machine.disks[0].backing.format", `machine.disks[0].bus is "ide"`, "machine.disks[1].cdrom", "machine.disks[2].bootIndex",
+		}},
+		"raw overlay":     {func(m *Machine) { m.Disks[0].Format = "raw" }, []string{`machine.disks[0].format is "raw"; it has to be qcow2 with a backing file`}},
+		"read-only SATA":  {func(m *Machine) { m.Disks[2].ReadOnly = true }, []string{"machine.disks[2].readOnly"}},
+		"too much SATA":   {func(m *Machine) { fill(m, 7, BusSATA) }, []string{"machine's number of disks on sata"}},
+		"too many in all": {func(m *Machine) { fill(m, 20, BusVirtio) }, []string{"machine's number of devices is \"32\"; it has to be at most 29"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := disked().Defaults()
+			tc.change(&m)
+			checkErrors(t, m.Validate(), tc.want)
+		})
+	}
+}
+
+func fill(m *Machine, n int, bus string) {
+	m.Disks = nil
+	for i := range n {
+		m.Disks = append(m.Disks, Disk{Serial: fmt.Sprint("d", i), Path: "/d", Format: "raw", Bus: bus})
 	}
 }
 

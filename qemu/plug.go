@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
 	"regexp"
 	"strings"
 
@@ -18,6 +19,8 @@ import (
 func (v *VM) AddDisk(ctx context.Context, d Disk) (err error) {
 	var p problems
 	d.validate(&p, "disk")
+	p.rule(d.Bus == BusSCSI, "disk.bus", d.Bus, "SCSI, to be plugged into a running guest")
+	p.rule(d.Backing == nil, "disk.backing", d.Backing, "none, to be plugged into a running guest")
 	if err := errors.Join(p...); err != nil {
 		return err
 	}
@@ -33,12 +36,12 @@ func (v *VM) AddDisk(ctx context.Context, d Disk) (err error) {
 	if err := v.dropNode(ctx, d.id()); err != nil {
 		return err
 	}
-	f, err := d.open()
+	f, device, err := d.open()
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	if err := v.plugDisk(ctx, d, f); err != nil {
+	if err := v.plugDisk(ctx, d, f, device); err != nil {
 		undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), endTimeout)
 		defer cancel()
 		return errors.Join(fmt.Errorf("plug disk %s: %w", d.Serial, err), v.dropNode(undo, d.id()))
@@ -46,14 +49,14 @@ func (v *VM) AddDisk(ctx context.Context, d Disk) (err error) {
 	return nil
 }
 
-func (v *VM) plugDisk(ctx context.Context, d Disk, f *os.File) error {
+func (v *VM) plugDisk(ctx context.Context, d Disk, f *os.File, device bool) error {
 	var set struct {
 		ID int `json:"fdset-id"`
 	}
 	if err := v.mon.Execute(ctx, "add-fd", props{"opaque": d.id()}, &set, f); err != nil {
 		return err
 	}
-	if err := v.mon.Execute(ctx, "blockdev-add", d.node(set.ID), nil); err != nil {
+	if err := v.mon.Execute(ctx, "blockdev-add", d.node(set.ID, device), nil); err != nil {
 		return err
 	}
 	return v.mon.Execute(ctx, "device_add", d.device(), nil)
@@ -163,17 +166,22 @@ type Share struct {
 	Socket string
 }
 
+func (s Share) validate(p *problems, field string) {
+	p.rule(serialRE.MatchString(s.Tag), field+".tag", s.Tag, "1 to 20 of a-z, 0-9 and dash")
+	p.rule(filepath.IsAbs(s.Socket), field+".socket", s.Socket, "an absolute path")
+}
+
 // AddShare plugs a virtiofs device into a free root port. A share of the same tag is errdefs.ErrAlreadyExists, no
 // free port errdefs.ErrResourceExhausted.
 func (v *VM) AddShare(ctx context.Context, s Share) error {
 	var p problems
-	p.rule(serialRE.MatchString(s.Tag), "share.tag", s.Tag, "1 to 20 of a-z, 0-9 and dash")
+	s.validate(&p, "share")
 	if err := errors.Join(p...); err != nil {
 		return err
 	}
 	v.plug.Lock()
 	defer v.plug.Unlock()
-	id := "share-" + s.Tag
+	id := s.id()
 	there, err := v.hasDevice(ctx, id)
 	if err != nil {
 		return err
@@ -207,23 +215,28 @@ func (v *VM) plugShare(ctx context.Context, s Share, id string) error {
 	if err := v.mon.Execute(ctx, "chardev-add", props{"id": id, "backend": backend}, nil); err != nil {
 		return errors.Join(err, v.mon.Execute(ctx, "closefd", props{"fdname": id}, nil))
 	}
-	return v.mon.Execute(ctx, "device_add", props{"driver": "vhost-user-fs-pci", "id": id, "chardev": id, "tag": s.Tag, "bus": port}, nil)
+	return v.mon.Execute(ctx, "device_add", s.device(port), nil)
 }
 
 // passConnection connects to a socket, which QEMU cannot see, and gives QEMU the connection.
 func (v *VM) passConnection(ctx context.Context, path, name string) error {
-	var d net.Dialer
-	conn, err := d.DialContext(ctx, "unix", path)
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
-	f, err := conn.(*net.UnixConn).File()
+	f, err := dialFile(ctx, path)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
 	return v.mon.Execute(ctx, "getfd", props{"fdname": name}, nil, f)
+}
+
+// dialFile connects to a socket and returns the connection as a file to hand over.
+func dialFile(ctx context.Context, path string) (*os.File, error) {
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, "unix", path)
+	if err != nil {
+		return nil, err
+	}
+	f, err := conn.(*net.UnixConn).File()
+	return f, errors.Join(err, conn.Close())
 }
 
 func (v *VM) dropChardev(ctx context.Context, id string) error {

@@ -135,6 +135,11 @@ const firstFD = jobFD + 1
 // launch runs the launcher, puts it into its cgroup while it has done nothing yet, and gives it its job. The files
 // become descriptors firstFD, firstFD+1, ... of the program. On error no process is left.
 func launch(launcher []string, j job, files []*os.File, place func(pid int) error) (*process, *tail, error) {
+	return launchBy((*exec.Cmd).Start, launcher, j, files, place)
+}
+
+// launchBy is launch with another way to start the launcher.
+func launchBy(start func(*exec.Cmd) error, launcher []string, j job, files []*os.File, place func(pid int) error) (*process, *tail, error) {
 	if len(launcher) == 0 {
 		return nil, nil, fmt.Errorf("launcher is empty; it has to be a command: %w", errdefs.ErrInvalidArgument)
 	}
@@ -156,7 +161,7 @@ func launch(launcher []string, j job, files []*os.File, place func(pid int) erro
 	cmd.Stdout, cmd.Stderr = errW, errW
 	cmd.ExtraFiles = append([]*os.File{jobR}, files...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	err = cmd.Start()
+	err = start(cmd)
 	_, _ = jobR.Close(), errW.Close()
 	if err != nil {
 		return nil, nil, errors.Join(fmt.Errorf("run the launcher %s: %w", launcher[0], err), errR.Close())

@@ -21,12 +21,13 @@ type ShareSpec struct {
 	Binary string
 	// Launcher as in Spec.
 	Launcher []string
-	// Dir is shown to the guest. What is mounted below it later is seen too, if Dir lies on a shared mount.
-	Dir string
 	// RunDir takes the listening socket; for root only. One server to a directory.
 	RunDir string
 	// Place as in Spec.
 	Place func(pid int) error
+	// Keep, if there, is called after Place with what a later daemon needs to know, while the process has done nothing
+	// yet: if this process ends before that is kept, virtiofsd never comes to be.
+	Keep func(ShareRecord) error
 }
 
 // ShareRecord is what a later daemon needs to find a share server again.
@@ -34,10 +35,13 @@ type ShareRecord struct {
 	PID       int    `json:"pid"`
 	StartTime uint64 `json:"startTime"`
 	Socket    string `json:"socket"`
+	// Tree is the number of the mount namespace with what is shared.
+	Tree uint64 `json:"tree"`
 }
 
-// ShareServer is one virtiofsd. It serves one connection, and ends with that. It confines itself: own
-// mount, PID and network namespace, the shared directory as its root, few capabilities, a seccomp filter.
+// ShareServer is one virtiofsd. It serves one connection, and ends with that. Add and Remove change what it shows. It runs
+// in a user namespace of its own, so that it has the powers of root over shared files and over nothing else of the node;
+// and it confines itself: own mount, PID and network namespace, the share as its root, few capabilities, a seccomp filter.
 type ShareServer struct {
 	rec  ShareRecord
 	p    *process
@@ -48,12 +52,10 @@ type ShareServer struct {
 	close func() error
 }
 
-// StartShareServer runs virtiofsd. It listens when this returns.
+// StartShareServer runs virtiofsd with nothing to show yet. It listens when this returns.
 func StartShareServer(ctx context.Context, s ShareSpec) (*ShareServer, error) {
 	var p problems
-	p.rule(filepath.IsAbs(s.Dir), "dir", s.Dir, "an absolute path")
 	p.rule(filepath.IsAbs(s.RunDir), "runDir", s.RunDir, "an absolute path")
-	p.rule(!strings.ContainsAny(s.Dir, ",\\"), "dir", s.Dir, "without comma and backslash")
 	if err := errors.Join(p...); err != nil {
 		return nil, err
 	}
@@ -61,50 +63,70 @@ func StartShareServer(ctx context.Context, s ShareSpec) (*ShareServer, error) {
 	if err != nil {
 		return nil, err
 	}
-	args, err := shareArgs(ctx, binary, s.Dir)
+	args, err := shareArgs(ctx, binary)
 	if err != nil {
 		return nil, err
 	}
-	socket := filepath.Join(s.RunDir, shareSocket)
-	f, err := listen(socket)
+	record := ShareRecord{Socket: filepath.Join(s.RunDir, shareSocket)}
+	f, err := listen(record.Socket)
 	if err != nil {
 		return nil, err
 	}
 	var in inheritance
 	defer in.close()
 	args = append(args, "--fd="+strconv.Itoa(in.add(f)))
-	proc, out, err := launch(s.Launcher, job{Argv: append([]string{binary}, args...)}, in.files, s.Place)
+	start := func(cmd *exec.Cmd) (err error) {
+		record.Tree, err = startInTree(cmd, s.RunDir, binary)
+		return err
+	}
+	place := func(pid int) error {
+		if s.Place != nil {
+			if err := s.Place(pid); err != nil {
+				return err
+			}
+		}
+		if record.PID = pid; s.Keep == nil {
+			return nil
+		}
+		if _, record.StartTime, err = readStat(pid); err != nil {
+			return err
+		}
+		return s.Keep(record)
+	}
+	j := job{Argv: append([]string{binary}, args...), LastUserNS: true}
+	proc, out, err := launchBy(start, s.Launcher, j, in.files, place)
 	if err != nil {
 		return nil, err
 	}
-	return newShareServer(ShareRecord{PID: proc.pid, StartTime: proc.start, Socket: socket}, proc, out), nil
+	record.StartTime = proc.start
+	return newShareServer(record, proc, out), nil
 }
 
 var rustRE = regexp.MustCompile(`^virtiofsd (backend )?v?[1-9]`)
 
 // shareArgs asks which virtiofsd it is, for the two take different options.
-func shareArgs(ctx context.Context, binary, dir string) ([]string, error) {
+func shareArgs(ctx context.Context, binary string) ([]string, error) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	out, err := exec.CommandContext(ctx, binary, "--version").Output()
 	if err != nil {
 		return nil, fmt.Errorf("%s --version: %w", binary, err)
 	}
-	return renderShareArgs(string(out), dir)
+	return renderShareArgs(string(out))
 }
 
 // renderShareArgs renders the options but for the socket. The limit of open files stays the inherited one: raising it takes
 // a capability that a daemon may lack.
-func renderShareArgs(version, dir string) ([]string, error) {
+func renderShareArgs(version string) ([]string, error) {
 	switch {
 	case rustRE.MatchString(version):
 		return []string{
-			"--shared-dir=" + dir, "--sandbox=namespace", "--seccomp=kill", "--cache=auto",
+			"--shared-dir=" + treeRoot, "--sandbox=namespace", "--seccomp=kill", "--cache=auto",
 			"--announce-submounts", "--rlimit-nofile=0", "--log-level=error",
 		}, nil
 	case strings.HasPrefix(version, "virtiofsd version "):
 		return []string{
-			"-f", "-o", "source=" + dir, "-o", "sandbox=namespace", "-o", "cache=auto",
+			"-f", "-o", "source=" + treeRoot, "-o", "sandbox=namespace", "-o", "cache=auto",
 			"-o", "announce_submounts", "-o", "log_level=err", "--rlimit-nofile=0",
 		}, nil
 	}

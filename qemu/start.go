@@ -18,9 +18,10 @@ import (
 
 // Names below RunDir.
 const (
-	qmpSocket   = "qmp.sock"
-	agentSocket = "agent.sock"
-	shareSocket = "share.sock"
+	qmpSocket        = "qmp.sock"
+	agentSocket      = "agent.sock"
+	guestAgentSocket = "guestagent.sock"
+	shareSocket      = "share.sock"
 )
 
 // maxSocketPath is what fits into the kernel's address of a Unix socket.
@@ -90,7 +91,7 @@ func Start(ctx context.Context, s Spec) (*VM, error) {
 	}
 	var in inheritance
 	defer in.close()
-	fds, err := s.open(&in)
+	fds, err := s.open(ctx, &in)
 	if err != nil {
 		return nil, err
 	}
@@ -110,29 +111,84 @@ func Start(ctx context.Context, s Spec) (*VM, error) {
 	return v, nil
 }
 
-func (s Spec) open(in *inheritance) (Descriptors, error) {
+func (s Spec) open(ctx context.Context, in *inheritance) (Descriptors, error) {
 	var fds Descriptors
 	for _, l := range []struct {
 		name string
 		fd   *int
-	}{{qmpSocket, &fds.QMP}, {agentSocket, &fds.Agent}} {
+	}{{qmpSocket, &fds.QMP}, {agentSocket, &fds.Agent}, {guestAgentSocket, &fds.GuestAgent}} {
+		if l.name == guestAgentSocket && !s.Machine.GuestAgent {
+			continue
+		}
 		f, err := listen(filepath.Join(s.RunDir, l.name))
 		if err != nil {
 			return fds, err
 		}
 		*l.fd = in.add(f)
 	}
-	for _, d := range s.Machine.Disks {
-		f, err := d.open()
-		if err != nil {
-			return fds, err
-		}
-		fds.Disks = append(fds.Disks, in.add(f))
+	if err := s.openDisks(in, &fds); err != nil {
+		return fds, err
+	}
+	if err := s.connectSockets(ctx, in, &fds); err != nil {
+		return fds, err
 	}
 	for _, t := range s.Taps {
 		fds.NICs = append(fds.NICs, in.lend(t))
 	}
 	return fds, nil
+}
+
+// openDisks opens disks, what is below them, and the firmware.
+func (s Spec) openDisks(in *inheritance, fds *Descriptors) error {
+	for _, d := range s.Machine.Disks {
+		f, device, err := d.open()
+		if err != nil {
+			return err
+		}
+		fds.Disks, fds.Devices = append(fds.Disks, in.add(f)), append(fds.Devices, device)
+		backing := 0
+		if d.Backing != nil {
+			if f, err = openImage("backing of disk "+d.Serial, d.Backing.Path, true); err != nil {
+				return err
+			}
+			backing = in.add(f)
+		}
+		fds.Backing = append(fds.Backing, backing)
+	}
+	f := s.Machine.Firmware
+	if f == nil {
+		return nil
+	}
+	code, err := openImage("firmware", f.Code, true)
+	if err != nil {
+		return err
+	}
+	fds.Code = in.add(code)
+	vars, err := openImage("variables of the firmware", f.Vars, false)
+	if err != nil {
+		return err
+	}
+	fds.Vars = in.add(vars)
+	return nil
+}
+
+// connectSockets connects to the processes that serve devices.
+func (s Spec) connectSockets(ctx context.Context, in *inheritance, fds *Descriptors) error {
+	if s.Machine.TPMSocket != "" {
+		f, err := dialFile(ctx, s.Machine.TPMSocket)
+		if err != nil {
+			return fmt.Errorf("connect to the TPM: %w", err)
+		}
+		fds.TPM = in.add(f)
+	}
+	for _, share := range s.Machine.Shares {
+		f, err := dialFile(ctx, share.Socket)
+		if err != nil {
+			return fmt.Errorf("connect to share %s: %w", share.Tag, err)
+		}
+		fds.Shares = append(fds.Shares, in.add(f))
+	}
+	return nil
 }
 
 // listen makes a listening socket for root only, and returns it as a file to hand over.
@@ -155,29 +211,54 @@ func listen(path string) (*os.File, error) {
 	return f, errors.Join(err, l.Close())
 }
 
-func (d Disk) open() (*os.File, error) {
-	flags := unix.O_RDWR
-	if d.ReadOnly {
-		flags = unix.O_RDONLY
-	}
-	fd, err := unix.Open(d.Path, flags|unix.O_NOFOLLOW|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
-	if errors.Is(err, unix.ENOENT) {
-		return nil, fmt.Errorf("disk %s: %s does not exist: %w", d.Serial, d.Path, errdefs.ErrNotFound)
-	}
+// open tells too whether the disk is a block device.
+func (d Disk) open() (f *os.File, device bool, err error) {
+	f, err = openFile("disk "+d.Serial, d.Path, d.ReadOnly)
 	if err != nil {
-		return nil, fmt.Errorf("disk %s: open %s: %w", d.Serial, d.Path, err)
+		return nil, false, err
 	}
-	f := os.NewFile(uintptr(fd), d.Path)
 	info, err := f.Stat()
 	if err != nil {
-		return nil, errors.Join(err, f.Close())
+		return nil, false, errors.Join(err, f.Close())
 	}
-	block := info.Mode()&os.ModeDevice != 0 && info.Mode()&os.ModeCharDevice == 0
-	if !info.Mode().IsRegular() && !block {
+	device = info.Mode()&os.ModeDevice != 0 && info.Mode()&os.ModeCharDevice == 0
+	if !info.Mode().IsRegular() && !device {
 		err := fmt.Errorf("disk %s: %s is a %s; it has to be a regular file or a block device: %w", d.Serial, d.Path, info.Mode().Type(), errdefs.ErrInvalidArgument)
+		return nil, false, errors.Join(err, f.Close())
+	}
+	return f, device, nil
+}
+
+// openImage opens a regular file.
+func openImage(what, path string, readOnly bool) (*os.File, error) {
+	f, err := openFile(what, path, readOnly)
+	if err != nil {
+		return nil, err
+	}
+	info, err := f.Stat()
+	if err == nil && !info.Mode().IsRegular() {
+		err = fmt.Errorf("%s: %s is a %s; it has to be a regular file: %w", what, path, info.Mode().Type(), errdefs.ErrInvalidArgument)
+	}
+	if err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
 	return f, nil
+}
+
+// openFile opens without following a symbolic link at the end of the path, and without waiting.
+func openFile(what, path string, readOnly bool) (*os.File, error) {
+	flags := unix.O_RDWR
+	if readOnly {
+		flags = unix.O_RDONLY
+	}
+	fd, err := unix.Open(path, flags|unix.O_NOFOLLOW|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if errors.Is(err, unix.ENOENT) {
+		return nil, fmt.Errorf("%s: %s does not exist: %w", what, path, errdefs.ErrNotFound)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: open %s: %w", what, path, err)
+	}
+	return os.NewFile(uintptr(fd), path), nil
 }
 
 func (s Spec) job(fds Descriptors) (job, error) {
@@ -233,17 +314,22 @@ func readable(path string) (string, error) {
 
 // rootBinds is what QEMU needs of the host's files: itself, libraries and firmware.
 func rootBinds(binary string) []bind {
-	prefix := filepath.Dir(filepath.Dir(binary))
-	paths := []string{binary, "/etc/ld.so.cache", "/lib", "/lib64", "/usr/lib", "/usr/lib64"}
-	for _, p := range []string{prefix, "/usr"} {
-		for _, data := range []string{"share/qemu", "share/seabios", "share/edk2", "share/OVMF", "share/AAVMF"} {
-			paths = append(paths, filepath.Join(p, data))
+	var data []string
+	for _, p := range []string{filepath.Dir(filepath.Dir(binary)), "/usr"} {
+		for _, d := range []string{"share/qemu", "share/seabios", "share/edk2", "share/OVMF", "share/AAVMF"} {
+			data = append(data, filepath.Join(p, d))
 		}
 	}
-	paths = append(paths, filepath.Join(prefix, "lib"), filepath.Join(prefix, "lib64"))
+	return programBinds(binary, data...)
+}
+
+// programBinds is what a program needs of the host's files: itself, libraries, and some more if they are there.
+func programBinds(binary string, more ...string) []bind {
+	prefix := filepath.Dir(filepath.Dir(binary))
+	paths := []string{binary, "/etc/ld.so.cache", "/lib", "/lib64", "/usr/lib", "/usr/lib64", filepath.Join(prefix, "lib"), filepath.Join(prefix, "lib64")}
 	var binds []bind
 	seen := make(map[string]bool)
-	for _, p := range paths {
+	for _, p := range append(paths, more...) {
 		if _, err := os.Lstat(p); err != nil || seen[p] {
 			continue
 		}
