@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"google.golang.org/protobuf/reflect/protoreflect"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/vmruntime/vmruntime/agent/agentpb"
@@ -22,6 +23,8 @@ type container struct {
 	id  string
 	rec *state.Record[containerSpec, containerStatus]
 	log *slog.Logger
+	// listed is what never changes of the container in lists.
+	listed protoreflect.RawFields
 
 	// life is held by whatever starts, stops or removes the container: one at a time.
 	life sync.Mutex
@@ -39,6 +42,16 @@ func (rt *Runtime) newContainer(p *pod, rec *state.Record[containerSpec, contain
 		log:    p.log.With("container", rec.ID()),
 		exited: make(chan struct{}),
 	}
+	spec, cfg := rec.Spec(), c.config()
+	c.listed = frozen(&runtimeapi.Container{
+		Metadata:    cfg.GetMetadata(),
+		Image:       cfg.GetImage(),
+		ImageRef:    spec.ImageRef,
+		ImageId:     spec.ImageID,
+		CreatedAt:   spec.CreatedAt.UnixNano(),
+		Labels:      cfg.GetLabels(),
+		Annotations: cfg.GetAnnotations(),
+	})
 	if !rec.Status().FinishedAt.IsZero() {
 		c.markExited()
 	}
@@ -352,26 +365,16 @@ func (rt *Runtime) ListContainers(_ context.Context, req *runtimeapi.ListContain
 		if f.GetPodSandboxId() != "" && !rt.podIDMatches(f.GetPodSandboxId(), c.pod.id) {
 			continue
 		}
-		cfg, spec := c.config(), c.rec.Spec()
-		if !labelsMatch(f.GetLabelSelector(), cfg.GetLabels()) {
+		if !labelsMatch(f.GetLabelSelector(), c.config().GetLabels()) {
 			continue
 		}
 		state := c.rec.Status().state()
 		if f.GetState() != nil && f.GetState().GetState() != state {
 			continue
 		}
-		resp.Containers = append(resp.Containers, &runtimeapi.Container{
-			Id:           c.id,
-			PodSandboxId: c.pod.id,
-			Metadata:     cfg.GetMetadata(),
-			Image:        cfg.GetImage(),
-			ImageRef:     spec.ImageRef,
-			ImageId:      spec.ImageID,
-			State:        state,
-			CreatedAt:    spec.CreatedAt.UnixNano(),
-			Labels:       cfg.GetLabels(),
-			Annotations:  cfg.GetAnnotations(),
-		})
+		item := &runtimeapi.Container{Id: c.id, PodSandboxId: c.pod.id, State: state}
+		item.ProtoReflect().SetUnknown(c.listed)
+		resp.Containers = append(resp.Containers, item)
 	}
 	return resp, nil
 }

@@ -12,6 +12,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sync/errgroup"
+	"google.golang.org/protobuf/reflect/protoreflect"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/vmruntime/vmruntime/agent/agentpb"
@@ -27,6 +28,10 @@ type pod struct {
 	id  string
 	rec *state.Record[podSpec, podStatus]
 	log *slog.Logger
+	// networkLost says that the network of the record was not there any more when this daemon found it, as after a reboot.
+	networkLost bool
+	// listed is what never changes of the sandbox in lists.
+	listed protoreflect.RawFields
 
 	// life is held by whatever makes or ends the sandbox or its guest: one at a time.
 	life sync.Mutex
@@ -40,7 +45,19 @@ type pod struct {
 }
 
 func (rt *Runtime) newPod(rec *state.Record[podSpec, podStatus]) *pod {
-	return &pod{rt: rt, id: rec.ID(), rec: rec, log: rt.log.With("pod", rec.ID())}
+	p := &pod{rt: rt, id: rec.ID(), rec: rec, log: rt.log.With("pod", rec.ID())}
+	if att := rec.Status().Network; att != nil {
+		_, err := os.Stat(att.NetNS)
+		p.networkLost = err != nil
+	}
+	p.listed = frozen(&runtimeapi.PodSandbox{
+		Metadata:       p.config().GetMetadata(),
+		CreatedAt:      rec.Spec().CreatedAt.UnixNano(),
+		Labels:         p.config().GetLabels(),
+		Annotations:    p.config().GetAnnotations(),
+		RuntimeHandler: rec.Spec().Handler,
+	})
+	return p
 }
 
 func (p *pod) config() *runtimeapi.PodSandboxConfig { return p.rec.Spec().Config.M }
@@ -50,10 +67,7 @@ func (p *pod) update(change func(*podStatus) error) error { return p.rec.Update(
 // state is READY while the sandbox has not been stopped and its network is there.
 func (p *pod) state() runtimeapi.PodSandboxState {
 	s := p.rec.Status()
-	if s.ReadyAt.IsZero() || !s.StoppedAt.IsZero() || s.Network == nil {
-		return runtimeapi.PodSandboxState_SANDBOX_NOTREADY
-	}
-	if _, err := os.Stat(s.Network.NetNS); err != nil {
+	if s.ReadyAt.IsZero() || !s.StoppedAt.IsZero() || s.Network == nil || p.networkLost {
 		return runtimeapi.PodSandboxState_SANDBOX_NOTREADY
 	}
 	return runtimeapi.PodSandboxState_SANDBOX_READY

@@ -236,21 +236,11 @@ func (rt *Runtime) endContainers(p *pod, cause error) {
 			continue
 		}
 		end := endOfGuest(cause)
-		if !p.sameBoot() {
+		if p.networkLost {
 			end.reason = reasonNodeReboot
 		}
 		c.finish(end)
 	}
-}
-
-// sameBoot tells whether the pod's network is still there; after a reboot of the node nothing is.
-func (p *pod) sameBoot() bool {
-	s := p.rec.Status()
-	if s.Network == nil {
-		return false
-	}
-	_, err := os.Stat(s.Network.NetNS)
-	return err == nil
 }
 
 // sweep takes away what carries an ID that no record has: it was made just before a crash, or its record was

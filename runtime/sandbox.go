@@ -228,23 +228,16 @@ func (rt *Runtime) ListPodSandbox(_ context.Context, req *runtimeapi.ListPodSand
 		if f.GetId() != "" && !rt.podIDMatches(f.GetId(), p.id) {
 			continue
 		}
-		cfg := p.config()
-		if !labelsMatch(f.GetLabelSelector(), cfg.GetLabels()) {
+		if !labelsMatch(f.GetLabelSelector(), p.config().GetLabels()) {
 			continue
 		}
 		state := p.state()
 		if f.GetState() != nil && f.GetState().GetState() != state {
 			continue
 		}
-		resp.Items = append(resp.Items, &runtimeapi.PodSandbox{
-			Id:             p.id,
-			Metadata:       cfg.GetMetadata(),
-			State:          state,
-			CreatedAt:      p.rec.Spec().CreatedAt.UnixNano(),
-			Labels:         cfg.GetLabels(),
-			Annotations:    cfg.GetAnnotations(),
-			RuntimeHandler: p.rec.Spec().Handler,
-		})
+		item := &runtimeapi.PodSandbox{Id: p.id, State: state}
+		item.ProtoReflect().SetUnknown(p.listed)
+		resp.Items = append(resp.Items, item)
 	}
 	return resp, nil
 }

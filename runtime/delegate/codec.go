@@ -9,12 +9,18 @@ import (
 // frame is a message that is passed on as the bytes it came as.
 type frame struct{ bytes []byte }
 
-// codec is protobuf, except that a frame is taken as it is. It calls itself proto, since on the wire it is.
+// joined is one message in two pieces.
+type joined [2][]byte
+
+// codec is protobuf, except that bytes are taken as they are. It calls itself proto, since on the wire it is.
 type codec struct{}
 
 func (codec) Marshal(v any) (mem.BufferSlice, error) {
-	if f, ok := v.(*frame); ok {
-		return mem.BufferSlice{mem.SliceBuffer(f.bytes)}, nil
+	switch v := v.(type) {
+	case *frame:
+		return mem.BufferSlice{mem.SliceBuffer(v.bytes)}, nil
+	case *joined:
+		return mem.BufferSlice{mem.SliceBuffer(v[0]), mem.SliceBuffer(v[1])}, nil
 	}
 	return encoding.GetCodecV2(proto.Name).Marshal(v)
 }

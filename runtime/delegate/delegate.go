@@ -41,6 +41,12 @@ import (
 // maxMessage is what kubelet and containerd take as the largest message.
 const maxMessage = 16 << 20
 
+// window and bufferSize hold the usual lists whole, in bytes.
+const (
+	window     = 1 << 20
+	bufferSize = 128 << 10
+)
+
 // VMSide is the runtime of the VM pods.
 type VMSide interface {
 	runtimeapi.RuntimeServiceServer
@@ -81,6 +87,10 @@ type Server struct {
 func Dial(socket string) (*grpc.ClientConn, error) {
 	conn, err := grpc.NewClient("unix:"+socket,
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		// A list of 100 containers is longer than the usual window and buffers: it would come in several turns.
+		grpc.WithInitialWindowSize(window),
+		grpc.WithInitialConnWindowSize(window),
+		grpc.WithReadBufferSize(bufferSize),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage), grpc.MaxCallSendMsgSize(maxMessage)),
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},
@@ -98,6 +108,7 @@ func New(o Options) *Server {
 	s.stopping, s.stop = context.WithCancel(context.Background())
 	s.grpc = grpc.NewServer(
 		grpc.ForceServerCodecV2(codec{}),
+		grpc.WriteBufferSize(bufferSize),
 		grpc.MaxRecvMsgSize(maxMessage),
 		grpc.MaxSendMsgSize(maxMessage),
 		grpc.UnaryInterceptor(s.unary),

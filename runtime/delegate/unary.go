@@ -114,11 +114,21 @@ func (s *Server) unambiguous(ctx context.Context, prefix, what string, probe cal
 
 // merge asks both sides at once and makes their answers one. It fails whole if either fails.
 func (s *Server) merge(ctx context.Context, c call) (any, error) {
-	var ours, bytes any
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var bytes any
 	g, both := errgroup.WithContext(ctx)
-	g.Go(func() (err error) { ours, err = s.callVM(both, c); return err })
 	g.Go(func() (err error) { bytes, err = s.callContainerd(both, c); return err })
-	if err := g.Wait(); err != nil {
+	ours, err := s.callVM(both, c)
+	if err != nil && both.Err() == nil {
+		cancel()
+		_ = g.Wait() // ended by this
+		return nil, err
+	}
+	if theirs := g.Wait(); theirs != nil {
+		return nil, theirs
+	}
+	if err != nil {
 		return nil, err
 	}
 	switch ours := ours.(type) {
@@ -150,7 +160,7 @@ func concatenate(answer, ours any) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &frame{bytes: append(answer.(*frame).bytes, data...)}, nil
+	return &joined{answer.(*frame).bytes, data}, nil
 }
 
 // decode parses an answer of containerd as the type that the VM side's has.
