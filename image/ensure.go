@@ -86,6 +86,7 @@ func (s *Store) ensureHeld(ctx context.Context, r *resolved, owner, key string) 
 func (s *Store) unhold(ctx context.Context, owner, key string) error {
 	s.mu.Lock()
 	last, err := s.refs.drop(owner, key)
+	last = last && !s.viewers.owns(owner)
 	s.mu.Unlock()
 	if err != nil || !last {
 		return err
@@ -157,33 +158,36 @@ func (s *Store) Release(ctx context.Context, owner string) error {
 		return err
 	}
 	s.mu.Lock()
-	err := s.refs.dropOwner(owner)
+	err := errors.Join(s.refs.dropOwner(owner), s.viewers.dropOwner(owner))
 	s.mu.Unlock()
 	if err != nil {
 		return err
 	}
 	ctx = s.in(ctx)
-	return errors.Join(s.unpin(ctx, owner), s.collect(ctx))
+	return errors.Join(s.unpin(ctx, owner), s.collectViews(ctx), s.collect(ctx))
 }
 
 // Prune releases every owner that is not in liveOwners and removes all files
 // that nobody uses. It is called once after a start, when the live containers
-// are known, before any Ensure. Scratch disks are not touched: see Scratches.
+// are known, before any Ensure. Scratch disks and machines are not touched: see
+// Scratches and Machines.
 func (s *Store) Prune(ctx context.Context, liveOwners map[string]bool) error {
 	ctx = s.in(ctx)
 	var errs []error
 	s.mu.Lock()
-	for _, owner := range s.refs.owners() {
-		if !liveOwners[owner] {
-			errs = append(errs, s.refs.dropOwner(owner))
+	for _, r := range []refs{s.refs, s.viewers} {
+		for _, owner := range r.owners() {
+			if !liveOwners[owner] {
+				errs = append(errs, r.dropOwner(owner))
+			}
 		}
 	}
 	s.mu.Unlock()
-	errs = append(errs, s.pruneLeases(ctx, liveOwners), s.collect(ctx), s.pruneTemplates())
+	errs = append(errs, s.pruneLeases(ctx, liveOwners), s.collectViews(ctx), s.pruneViews(ctx), s.collect(ctx), s.pruneTemplates())
 	return errors.Join(errs...)
 }
 
-// collect removes EROFS files that have neither an owner nor an image.
+// collect removes EROFS files and findings that have neither an owner nor an image.
 func (s *Store) collect(ctx context.Context) error {
 	unused, err := s.unusedKeys()
 	if err != nil || len(unused) == 0 {
@@ -198,14 +202,14 @@ func (s *Store) collect(ctx context.Context) error {
 	var errs []error
 	for _, key := range unused {
 		// Looked at again: an Ensure may have come in between.
-		if !present[key] && !s.refs.used(key) {
-			errs = append(errs, removeIfThere(s.dirs.erofs(key)))
+		if !present[key] && !s.refs.used(key) && !s.viewers.used(key) {
+			errs = append(errs, removeIfThere(s.dirs.erofs(key)), removeIfThere(s.dirs.finding(key)))
 		}
 	}
 	return errors.Join(errs...)
 }
 
-// unusedKeys lists the EROFS files without an owner.
+// unusedKeys lists the images without an owner that there are files of.
 func (s *Store) unusedKeys() ([]string, error) {
 	keys, err := s.dirs.imageKeys()
 	if err != nil {
@@ -215,7 +219,7 @@ func (s *Store) unusedKeys() ([]string, error) {
 	defer s.mu.Unlock()
 	var unused []string
 	for _, key := range keys {
-		if !s.refs.used(key) {
+		if !s.refs.used(key) && !s.viewers.used(key) {
 			unused = append(unused, key)
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/mount"
@@ -18,6 +19,7 @@ import (
 const (
 	erofsSuffix   = ".erofs"
 	scratchSuffix = ".ext4"
+	findingSuffix = ".json"
 )
 
 var (
@@ -31,6 +33,10 @@ var (
 //	owners/OWNER/KEY      empty; OWNER uses KEY
 //	scratch/POD.ext4      scratch disks
 //	templates/NAME.ext4   empty scratch disks to copy from
+//	disks/KEY.json        what was found when an image was looked through for disks
+//	views/KEY/            where the view of an image with a disk is mounted
+//	viewers/OWNER/KEY     empty; OWNER uses the view of KEY
+//	machines/OWNER/       files of a machine VM: its overlay and whatever else is its own
 //	tmp/                  what is being made; emptied by New
 type dirs struct{ root string }
 
@@ -38,14 +44,24 @@ func (d dirs) images() string    { return filepath.Join(d.root, "images") }
 func (d dirs) owners() string    { return filepath.Join(d.root, "owners") }
 func (d dirs) scratch() string   { return filepath.Join(d.root, "scratch") }
 func (d dirs) templates() string { return filepath.Join(d.root, "templates") }
+func (d dirs) disks() string     { return filepath.Join(d.root, "disks") }
+func (d dirs) views() string     { return filepath.Join(d.root, "views") }
+func (d dirs) viewers() string   { return filepath.Join(d.root, "viewers") }
+func (d dirs) machines() string  { return filepath.Join(d.root, "machines") }
 func (d dirs) tmp() string       { return filepath.Join(d.root, "tmp") }
 
 func (d dirs) erofs(key string) string       { return filepath.Join(d.images(), key+erofsSuffix) }
+func (d dirs) finding(key string) string     { return filepath.Join(d.disks(), key+findingSuffix) }
+func (d dirs) view(key string) string        { return filepath.Join(d.views(), key) }
+func (d dirs) machine(owner string) string   { return filepath.Join(d.machines(), owner) }
 func (d dirs) scratchDisk(pod string) string { return filepath.Join(d.scratch(), pod+scratchSuffix) }
 
 // prepare makes the directories and clears tmp.
 func (d dirs) prepare() error {
-	for _, dir := range []string{d.root, d.images(), d.owners(), d.scratch(), d.templates(), d.tmp()} {
+	for _, dir := range []string{
+		d.root, d.images(), d.owners(), d.scratch(), d.templates(), d.tmp(),
+		d.disks(), d.views(), d.viewers(), d.machines(),
+	} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return fmt.Errorf("make directory of the image store: %w", err)
 		}
@@ -99,8 +115,20 @@ func checkName(what, name string) error {
 	return fmt.Errorf("%s is %q, want 1 to 128 letters, digits, '.', '_' or '-': %w", what, name, errdefs.ErrInvalidArgument)
 }
 
-// imageKeys lists the keys of all EROFS files.
-func (d dirs) imageKeys() ([]string, error) { return listNames(d.images(), erofsSuffix) }
+// imageKeys lists the keys of all EROFS files and findings.
+func (d dirs) imageKeys() ([]string, error) {
+	built, err := listNames(d.images(), erofsSuffix)
+	if err != nil {
+		return nil, err
+	}
+	found, err := listNames(d.disks(), findingSuffix)
+	if err != nil {
+		return nil, err
+	}
+	keys := append(built, found...)
+	slices.Sort(keys)
+	return slices.Compact(keys), nil
+}
 
 // listNames lists the files of dir that end in suffix, without the suffix.
 func listNames(dir, suffix string) ([]string, error) {

@@ -83,6 +83,9 @@ func (r refs) dropOwner(owner string) error {
 // owners lists all owners.
 func (r refs) owners() []string { return slices.Sorted(maps.Keys(r.by)) }
 
+// owns reports whether owner uses anything.
+func (r refs) owns(owner string) bool { return len(r.by[owner]) > 0 }
+
 // used reports whether anyone uses key.
 func (r refs) used(key string) bool {
 	for _, keys := range r.by {

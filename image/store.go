@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	"github.com/erofs/go-erofs"
+	"github.com/moby/locker"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -93,13 +94,15 @@ type Store struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup // running builds
 
-	mu     sync.Mutex
-	closed bool
-	refs   refs                            // who uses which EROFS file
-	builds map[string]*build               // by key
-	chains map[digest.Digest]digest.Digest // chain ID by target of an image: immutable facts
+	mu      sync.Mutex
+	closed  bool
+	refs    refs                            // who uses which EROFS file
+	viewers refs                            // who uses which mounted view
+	builds  map[string]*build               // by key
+	chains  map[digest.Digest]digest.Digest // chain ID by target of an image: immutable facts
 
-	scratchMu sync.Mutex // one template is made at a time
+	scratchMu sync.Mutex     // one template is made at a time
+	viewLocks *locker.Locker // by key: one at a time mounts, unmounts and looks through a view
 }
 
 // New opens the store in o.Root and removes what an earlier process left half
@@ -116,14 +119,20 @@ func New(o Options) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
+	viewing, err := loadRefs(d.viewers())
+	if err != nil {
+		return nil, err
+	}
 	s := &Store{
-		opts:     o,
-		log:      o.Logger,
-		platform: platforms.Default(),
-		dirs:     d,
-		refs:     held,
-		builds:   map[string]*build{},
-		chains:   map[digest.Digest]digest.Digest{},
+		opts:      o,
+		log:       o.Logger,
+		platform:  platforms.Default(),
+		dirs:      d,
+		refs:      held,
+		viewers:   viewing,
+		viewLocks: locker.New(),
+		builds:    map[string]*build{},
+		chains:    map[digest.Digest]digest.Digest{},
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s, nil

@@ -21,10 +21,20 @@ type Usage struct {
 }
 
 // Usage returns what all files of the store take: root file systems, scratch
-// disks, templates, and what is being made.
+// disks, templates, machines, and what is being made. What images with a disk take is
+// containerd's.
 func (s *Store) Usage(ctx context.Context) (Usage, error) {
 	var u Usage
-	err := filepath.WalkDir(s.dirs.root, func(path string, _ fs.DirEntry, err error) error {
+	err := u.addTree(ctx, s.dirs.root, s.dirs.views())
+	if err != nil {
+		return Usage{}, fmt.Errorf("measure image store: %w", err)
+	}
+	return u, nil
+}
+
+// addTree adds everything from root on, but not what lies below skip.
+func (u *Usage) addTree(ctx context.Context, root, skip string) error {
+	return filepath.WalkDir(root, func(path string, _ fs.DirEntry, err error) error {
 		if err == nil {
 			err = ctx.Err()
 		}
@@ -34,12 +44,11 @@ func (s *Store) Usage(ctx context.Context) (Usage, error) {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil // removed meanwhile
 		}
+		if err == nil && path == skip {
+			return fs.SkipDir
+		}
 		return err
 	})
-	if err != nil {
-		return Usage{}, fmt.Errorf("measure image store: %w", err)
-	}
-	return u, nil
 }
 
 // ScratchUsage returns what the scratch disk of a pod takes. It fails with
