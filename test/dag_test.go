@@ -43,6 +43,7 @@ func rules() []rule {
 		{"runtime/delegate", nil, "it puts any CRI server in front of another; it must not know ours"},
 		{"qemu", nil, "a leaf"},
 		{"image", []string{"image/qcow2"}, "knows nothing of VMs; what it takes from an image it checks"},
+		{"image/qcow2", nil, "a parser of hostile files; it knows nothing of where they come from"},
 		{"image/seed", nil, "a pure function of plain values"},
 		{"network", nil, "a leaf"},
 		{"agent", []string{"agent/agentpb"}, "the protocol's two ends share nothing else"},
