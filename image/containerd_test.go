@@ -24,6 +24,9 @@ func TestMain(m *testing.M) {
 	if os.Getenv(crashEnv) != "" {
 		os.Exit(crashMain())
 	}
+	if os.Getenv(populateEnv) != "" {
+		os.Exit(populateMain())
+	}
 	goleak.VerifyTestMain(m)
 }
 

@@ -1,6 +1,7 @@
 package image
 
 import (
+	"log/slog"
 	"os"
 	"path/filepath"
 	"testing"
@@ -14,7 +15,7 @@ import (
 // localStore is a store that never talks to containerd.
 func localStore(t *testing.T) *Store {
 	t.Helper()
-	s, err := New(Options{Root: t.TempDir(), Client: &containerd.Client{}})
+	s, err := New(Options{Root: t.TempDir(), Client: &containerd.Client{}, Logger: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatal(err)
 	}
