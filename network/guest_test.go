@@ -28,6 +28,20 @@ type guest struct {
 // startGuest runs a guest until the test ends or close is called. dad makes it probe for duplicate addresses.
 func startGuest(t *testing.T, n *node, a *Attachment, dad bool) *guest {
 	t.Helper()
+	settings := map[string]string{}
+	if dad {
+		settings = map[string]string{"accept_dad": "1", "dad_transmits": "1"}
+	}
+	g := plugGuest(t, n, a, settings)
+	if err := inNetNS(g.netns, func() error { return configure(a) }); err != nil {
+		t.Fatalf("configure the guest as %+v: %v", a, err)
+	}
+	return g
+}
+
+// plugGuest runs a guest that nobody has configured yet; the settings are IPv6's for its interfaces.
+func plugGuest(t *testing.T, n *node, a *Attachment, settings map[string]string) *guest {
+	t.Helper()
 	g := &guest{t: t, netns: filepath.Join(n.dir, "guest-"+filepath.Base(a.NetNS))}
 	taps, err := n.OpenTaps(a)
 	if err != nil {
@@ -40,11 +54,9 @@ func startGuest(t *testing.T, n *node, a *Attachment, dad bool) *guest {
 	}
 	var inner []*os.File
 	err = inNetNS(g.netns, func() error {
-		if dad {
-			for _, name := range []string{"accept_dad", "dad_transmits"} {
-				if err := os.WriteFile("/proc/sys/net/ipv6/conf/default/"+name, []byte("1"), 0); err != nil {
-					return err
-				}
+		for name, value := range settings {
+			if err := os.WriteFile("/proc/sys/net/ipv6/conf/default/"+name, []byte(value), 0); err != nil {
+				return err
 			}
 		}
 		for _, i := range a.Interfaces {
@@ -63,9 +75,6 @@ func startGuest(t *testing.T, n *node, a *Attachment, dad bool) *guest {
 	for i := range taps {
 		g.carry(taps[i], inner[i])
 		g.carry(inner[i], taps[i])
-	}
-	if err := inNetNS(g.netns, func() error { return configure(a) }); err != nil {
-		t.Fatalf("configure the guest as %+v: %v", a, err)
 	}
 	return g
 }

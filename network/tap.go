@@ -93,6 +93,14 @@ func connect(a, b string) error {
 	return errors.Join(redirect(la, lb), redirect(lb, la))
 }
 
+// Priorities of tc's filters, of which the lowest is asked first: guards keep frames off the redirect. Those that plugins
+// make usually have lower ones.
+const (
+	guard4Priority   = 8
+	guard6Priority   = 9
+	redirectPriority = 10
+)
+
 // redirect sends all that comes in on one link out of the other. The filter is u32 without a condition: every kernel
 // with tc has it, unlike matchall.
 func redirect(from, to netlink.Link) error {
@@ -105,7 +113,7 @@ func redirect(from, to netlink.Link) error {
 	}
 	err = netlink.FilterAdd(&netlink.U32{
 		FilterAttrs: netlink.FilterAttrs{
-			LinkIndex: index, Parent: netlink.HANDLE_MIN_INGRESS, Priority: 1, Protocol: unix.ETH_P_ALL,
+			LinkIndex: index, Parent: netlink.HANDLE_MIN_INGRESS, Priority: redirectPriority, Protocol: unix.ETH_P_ALL,
 		},
 		Actions: []netlink.Action{netlink.NewMirredAction(to.Attrs().Index)},
 	})
