@@ -13,6 +13,7 @@ const (
 	nicSlot = 16
 
 	balloonID = "balloon0"
+	videoID   = "video0"
 )
 
 type option struct{ option, value string }
@@ -128,7 +129,7 @@ func (m Machine) addVideo(o *options) {
 		ArchARM64 + VideoStd: "bochs-display", ArchARM64 + VideoVirtio: "virtio-gpu-pci",
 	}[m.Arch+m.Video]
 	o.text("-vnc", "none")
-	o.add("-device", props{"driver": card, "id": "video0", "bus": "pcie.0"})
+	o.add("-device", props{"driver": card, "id": videoID, "bus": "pcie.0"})
 	o.add("-device", pciDevice("virtio-keyboard-pci", "keyboard0", nil))
 	o.add("-device", pciDevice("virtio-tablet-pci", "tablet0", nil))
 }

@@ -43,6 +43,8 @@ type confinement struct {
 type bind struct {
 	Source string `json:"source"`
 	Target string `json:"target"`
+	// Copy shows a copy that belongs to the VM's user, of a regular file that this user may not read.
+	Copy bool `json:"copy,omitempty"`
 }
 
 // LaunchMain is the main function of a re-executed launcher. It waits for its job, which comes when the
@@ -127,7 +129,11 @@ func (c *confinement) namespaces() error {
 
 // fillRoot mounts a new root over Root with what the program needs.
 func (c *confinement) fillRoot() error {
-	if err := unix.Mount("tmpfs", c.Root, "tmpfs", unix.MS_NOSUID|unix.MS_NOEXEC, "mode=0755,size=1m"); err != nil {
+	size, err := c.size()
+	if err != nil {
+		return err
+	}
+	if err := unix.Mount("tmpfs", c.Root, "tmpfs", unix.MS_NOSUID|unix.MS_NOEXEC, fmt.Sprintf("mode=0755,size=%d", size)); err != nil {
 		return fmt.Errorf("mount a new root: %w", err)
 	}
 	for _, b := range c.Binds {
@@ -136,6 +142,36 @@ func (c *confinement) fillRoot() error {
 		}
 	}
 	return c.devices()
+}
+
+// size is what the new root has to hold, in bytes.
+func (c *confinement) size() (int64, error) {
+	size := int64(mib)
+	for _, b := range c.Binds {
+		if !b.Copy {
+			continue
+		}
+		info, err := os.Stat(b.Source)
+		if err != nil {
+			return 0, err
+		}
+		size += info.Size() + 4096
+	}
+	return size, nil
+}
+
+func (c *confinement) copy(source, target string) error {
+	from, err := os.Open(source)
+	if err != nil {
+		return err
+	}
+	defer from.Close()
+	to, err := os.OpenFile(target, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o400)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(to, from)
+	return errors.Join(err, to.Chown(int(c.UID), int(c.GID)), to.Close())
 }
 
 func (c *confinement) bind(b bind) error {
@@ -148,6 +184,8 @@ func (c *confinement) bind(b bind) error {
 		return err
 	}
 	switch {
+	case b.Copy:
+		return c.copy(b.Source, target)
 	case info.Mode()&os.ModeSymlink != 0:
 		to, err := os.Readlink(b.Source)
 		if err != nil {

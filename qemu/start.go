@@ -18,6 +18,7 @@ import (
 
 // Names below RunDir.
 const (
+	rootDir          = "root" // where QEMU's root is mounted, in its own namespace
 	qmpSocket        = "qmp.sock"
 	agentSocket      = "agent.sock"
 	guestAgentSocket = "guestagent.sock"
@@ -34,7 +35,7 @@ type Spec struct {
 	Binary string
 	// Launcher is the command whose main function is LaunchMain.
 	Launcher []string
-	// RunDir is an existing directory for the VM's sockets, for root only. The caller removes it after the VM.
+	// RunDir is an existing directory for the VM's sockets and FIFOs, for root only. The caller removes it after the VM.
 	RunDir string
 	// UID and GID are the VM's own, never 0.
 	UID, GID uint32
@@ -79,8 +80,8 @@ func (i *inheritance) close() {
 	}
 }
 
-// Start runs a machine and returns when QEMU answers; the guest has begun to boot. On error nothing is left but the
-// sockets' names in RunDir.
+// Start runs a machine and returns when QEMU answers; the guest has begun to boot. On error nothing is left but what
+// it made in RunDir.
 func Start(ctx context.Context, s Spec) (*VM, error) {
 	if s.Log == nil {
 		s.Log = slog.Default()
@@ -99,16 +100,35 @@ func Start(ctx context.Context, s Spec) (*VM, error) {
 	if err != nil {
 		return nil, err
 	}
+	var console *os.File
+	if s.Machine.ConsolePipe {
+		if console, err = s.makeFIFOs(); err != nil {
+			return nil, err
+		}
+	}
 	p, out, err := launch(s.Launcher, j, in.files, s.Place)
 	if err != nil {
-		return nil, err
+		return nil, errors.Join(err, closeFile(console))
 	}
-	v := newVM(Record{PID: p.pid, StartTime: p.start, RunDir: s.RunDir}, p, out, s.Log)
+	v := newVM(s.record(p), p, out, console, s.Log)
 	in.close() // so that a QEMU that ends early refuses the connection
 	if err := v.connect(ctx); err != nil {
 		return nil, v.abandon(err)
 	}
+	if s.Machine.Balloon {
+		if err := v.pollStats(ctx); err != nil {
+			return nil, v.abandon(err)
+		}
+	}
 	return v, nil
+}
+
+func (s Spec) record(p *process) Record {
+	m := s.Machine
+	return Record{
+		PID: p.pid, StartTime: p.start, RunDir: s.RunDir,
+		ResetInPlace: m.ResetInPlace, ConsolePipe: m.ConsolePipe, WatchdogEnds: m.Watchdog == WatchdogPoweroff,
+	}
 }
 
 func (s Spec) open(ctx context.Context, in *inheritance) (Descriptors, error) {
@@ -267,19 +287,31 @@ func (s Spec) job(fds Descriptors) (job, error) {
 		return job{}, err
 	}
 	binds := rootBinds(binary)
-	for _, b := range []bind{{s.Machine.Kernel, kernelPath}, {s.Machine.Initrd, initrdPath}} {
+	for _, b := range []bind{
+		{Source: s.Machine.Kernel, Target: kernelPath}, {Source: s.Machine.Initrd, Target: initrdPath}, {Source: s.Machine.Ignition, Target: ignitionPath},
+	} {
 		if b.Source == "" {
 			continue
 		}
-		if b.Source, err = readable(b.Source); err != nil {
+		if b.Source, b.Copy, err = showable(b.Source); err != nil {
 			return job{}, err
 		}
 		binds = append(binds, b)
 	}
+	if s.Machine.ConsolePipe {
+		for _, suffix := range []string{fifoIn, fifoOut} {
+			binds = append(binds, bind{Source: filepath.Join(s.RunDir, fifoName+suffix), Target: consolePath + suffix})
+		}
+	}
+	// Not RunDir itself, whose FIFOs would be hidden.
+	root := filepath.Join(s.RunDir, rootDir)
+	if err := os.MkdirAll(root, 0o700); err != nil {
+		return job{}, err
+	}
 	return job{
 		Argv: append([]string{binary}, s.Machine.Args(fds)...),
 		Confine: &confinement{
-			UID: s.UID, GID: s.GID, Root: s.RunDir, Binds: binds, KVM: s.Machine.Accel == AccelKVM,
+			UID: s.UID, GID: s.GID, Root: root, Binds: binds, KVM: s.Machine.Accel == AccelKVM,
 		},
 	}, nil
 }
@@ -296,20 +328,20 @@ func program(name string) (string, error) {
 	return filepath.EvalSymlinks(path)
 }
 
-// readable resolves a path and holds that QEMU's own user can read the file once it is in its root.
-func readable(path string) (string, error) {
-	path, err := filepath.EvalSymlinks(path)
+// showable resolves a path to a regular file, and tells whether QEMU's own user needs a copy to read it.
+func showable(path string) (resolved string, needsCopy bool, err error) {
+	path, err = filepath.EvalSymlinks(path)
 	if err != nil {
-		return "", err
+		return "", false, err
 	}
 	info, err := os.Stat(path)
 	if err != nil {
-		return "", err
+		return "", false, err
 	}
-	if !info.Mode().IsRegular() || info.Mode().Perm()&0o004 == 0 {
-		return "", fmt.Errorf("%s has mode %s; it has to be a file that every user may read: %w", path, info.Mode(), errdefs.ErrInvalidArgument)
+	if !info.Mode().IsRegular() {
+		return "", false, fmt.Errorf("%s is a %s; it has to be a regular file: %w", path, info.Mode().Type(), errdefs.ErrInvalidArgument)
 	}
-	return path, nil
+	return path, info.Mode().Perm()&0o004 == 0, nil
 }
 
 // rootBinds is what QEMU needs of the host's files: itself, libraries and firmware.

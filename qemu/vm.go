@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -15,8 +16,8 @@ import (
 	"github.com/digitalocean/go-qemu/qmp"
 )
 
-// ErrGuestFailed is in the error of a VM whose guest ended by itself: it reset, as after a kernel panic, or
-// powered off. Any other error of VM.Err means that QEMU or the host failed.
+// ErrGuestFailed is in the error of a VM whose guest ended by itself: it reset, panicked, was left by its watchdog, or
+// powered off, as ExitError.Reason tells. Any other error of VM.Err means that QEMU or the host failed.
 var ErrGuestFailed = errors.New("the guest failed")
 
 // endTimeout bounds how long a guest that has ended may keep its QEMU.
@@ -27,18 +28,32 @@ type Record struct {
 	PID       int    `json:"pid"`
 	StartTime uint64 `json:"startTime"` // clock ticks since boot, from /proc/PID/stat
 	RunDir    string `json:"runDir"`
+
+	// Of the machine, what tells one end of it from another.
+	ResetInPlace bool `json:"resetInPlace,omitempty"`
+	ConsolePipe  bool `json:"consolePipe,omitempty"`
+	WatchdogEnds bool `json:"watchdogEnds,omitempty"`
 }
+
+// Values of ExitError.Reason, from QEMU's ShutdownCause where it has one.
+const (
+	ReasonPoweroff = "guest-shutdown" // the guest powered itself off
+	ReasonReset    = "guest-reset"    // the guest reset, and the machine does not ResetInPlace
+	ReasonPanic    = "guest-panic"    // the guest's kernel told the panic device that it has crashed
+	ReasonWatchdog = "watchdog"       // the guest did not feed its watchdog
+	// ReasonUnseen is a reset or a poweroff while no daemon was there, of a machine that does not ResetInPlace.
+	ReasonUnseen = "while nobody watched"
+)
 
 // ExitError tells how a VM ended. Guest failure and host failure are told apart by Guest.
 type ExitError struct {
 	// Guest is true when the guest ended by itself.
 	Guest bool
-	// Reason is QEMU's reason for the guest's end, such as guest-reset or guest-shutdown; empty if QEMU ended
-	// on its own.
+	// Reason is why the guest ended, such as ReasonPoweroff; empty if QEMU ended on its own.
 	Reason string
 	// Status is how the process ended, as far as it is known.
 	Status string
-	// Console is the end of what the guest wrote to its console.
+	// Console is the end of what the guest wrote to its console; empty with Machine.ConsolePipe.
 	Console string
 	// Stderr is the end of QEMU's own messages.
 	Stderr string
@@ -97,8 +112,10 @@ type VM struct {
 	rec Record
 	p   *process
 	out *tail // nil if another daemon started QEMU
-	mon *Monitor
-	log *slog.Logger
+	// fifo keeps what the guest wrote to its console; nil if that is no pipe.
+	fifo *os.File
+	mon  *Monitor
+	log  *slog.Logger
 
 	plug sync.Mutex // held while devices are plugged or unplugged
 
@@ -118,9 +135,9 @@ type VM struct {
 	close  func() error
 }
 
-func newVM(r Record, p *process, out *tail, log *slog.Logger) *VM {
+func newVM(r Record, p *process, out *tail, fifo *os.File, log *slog.Logger) *VM {
 	v := &VM{
-		rec: r, p: p, out: out, log: log,
+		rec: r, p: p, out: out, fifo: fifo, log: log,
 		ended: make(chan struct{}), gone: make(chan struct{}), done: make(chan struct{}),
 	}
 	v.ctx, v.cancel = context.WithCancel(context.Background())
@@ -172,7 +189,11 @@ func Attach(ctx context.Context, r Record) (*VM, error) {
 	if err != nil {
 		return nil, err
 	}
-	v := newVM(r, p, nil, slog.Default())
+	fifo, err := r.holdConsole()
+	if err != nil {
+		return nil, errors.Join(err, p.close())
+	}
+	v := newVM(r, p, nil, fifo, slog.Default())
 	if err := v.connect(ctx); err != nil {
 		return nil, errors.Join(fmt.Errorf("attach to QEMU, process %d: %w", r.PID, err), v.Close())
 	}
@@ -182,10 +203,25 @@ func Attach(ctx context.Context, r Record) (*VM, error) {
 	if err := v.mon.Execute(ctx, "query-status", nil, &status); err != nil {
 		return nil, errors.Join(err, v.Close())
 	}
-	if status.Status == "shutdown" {
-		v.guestEnded("while nobody watched")
+	if reason := r.endOf(status.Status); reason != "" {
+		v.guestEnded(reason)
 	}
 	return v, nil
+}
+
+// endOf is why the guest has ended if QEMU is in this run state, or empty.
+func (r Record) endOf(runState string) string {
+	switch {
+	case runState == "shutdown" && r.ResetInPlace:
+		return ReasonPoweroff
+	case runState == "shutdown":
+		return ReasonUnseen
+	case runState == "guest-panicked":
+		return ReasonPanic
+	case runState == "watchdog" && r.WatchdogEnds:
+		return ReasonWatchdog
+	}
+	return ""
 }
 
 // KillRecorded ends the process of a record, and returns when it is gone. One that is gone already is no error.
@@ -264,12 +300,17 @@ func (v *VM) watch() {
 
 // event is called by the monitor's reader.
 func (v *VM) event(e qmp.Event) {
-	if e.Event != "SHUTDOWN" {
-		return
-	}
-	if guest, _ := e.Data["guest"].(bool); guest {
-		reason, _ := e.Data["reason"].(string)
-		v.guestEnded(reason)
+	action, _ := e.Data["action"].(string)
+	switch {
+	case e.Event == "SHUTDOWN":
+		if guest, _ := e.Data["guest"].(bool); guest {
+			reason, _ := e.Data["reason"].(string)
+			v.guestEnded(reason)
+		}
+	case e.Event == "GUEST_PANICKED" && action == "pause":
+		v.guestEnded(ReasonPanic)
+	case e.Event == "WATCHDOG" && action == "pause" && v.rec.WatchdogEnds:
+		v.guestEnded(ReasonWatchdog)
 	}
 }
 
@@ -293,7 +334,7 @@ func (v *VM) finish() {
 	}
 	ctx, cancel := context.WithTimeout(v.ctx, endTimeout)
 	defer cancel()
-	if _, err := v.Console(ctx); err != nil {
+	if _, err := v.Console(ctx); err != nil && !v.rec.ConsolePipe {
 		v.log.Warn("reading the guest's console", "pid", v.rec.PID, "error", err)
 	}
 	err := v.mon.Execute(ctx, "quit", nil, nil)
@@ -312,8 +353,11 @@ func (v *VM) finish() {
 }
 
 // Console returns the end of what the guest has written to its console since this daemon watches it, at
-// most 64 KiB, or longer ago if no daemon has read it.
+// most 64 KiB, or longer ago if no daemon has read it. With Machine.ConsolePipe it is errdefs.ErrFailedPrecondition.
 func (v *VM) Console(ctx context.Context) (string, error) {
+	if v.rec.ConsolePipe {
+		return "", fmt.Errorf("the console goes to a pipe: %w", errdefs.ErrFailedPrecondition)
+	}
 	var text string
 	args := props{"device": "console", "size": consoleBytes, "format": "base64"}
 	if err := v.mon.Execute(ctx, "ringbuf-read", args, &text); err != nil {
@@ -328,11 +372,6 @@ func (v *VM) Console(ctx context.Context) (string, error) {
 	v.console = append(v.console, data...)
 	v.console = v.console[max(0, len(v.console)-consoleBytes):]
 	return string(v.console), nil
-}
-
-// Powerdown presses the guest's power button and does not wait.
-func (v *VM) Powerdown(ctx context.Context) error {
-	return v.mon.Execute(ctx, "system_powerdown", nil, nil)
 }
 
 // Quit ends QEMU in order, its disks flushed, and returns when it is gone. Err is nil then.
@@ -384,5 +423,5 @@ func (v *VM) release() error {
 		errs = append(errs, v.out.Close())
 	}
 	v.owned.Wait()
-	return errors.Join(errs...)
+	return errors.Join(append(errs, closeFile(v.fifo))...)
 }
