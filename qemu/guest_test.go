@@ -3,7 +3,6 @@ package qemu
 import (
 	"bufio"
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -17,7 +16,6 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/u-root/u-root/pkg/cpio"
-	"golang.org/x/sys/unix"
 )
 
 // guest talks to the program of testdata/guest in a machine.
@@ -197,121 +195,6 @@ func qemuDescriptors(t *testing.T, v *VM) int {
 		t.Fatal(err)
 	}
 	return len(entries)
-}
-
-// sharedDir is a directory as a pod's shares are: its own mount, from which later mounts spread.
-func sharedDir(t *testing.T) string {
-	t.Helper()
-	dir := runDir(t)
-	if err := unix.Mount(dir, dir, "", unix.MS_BIND, ""); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
-			t.Error(err)
-		}
-	})
-	if err := unix.Mount("", dir, "", unix.MS_SHARED, ""); err != nil {
-		t.Fatal(err)
-	}
-	return dir
-}
-
-func virtiofsd(t *testing.T) string {
-	t.Helper()
-	for _, path := range []string{"/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd"} {
-		if _, err := os.Stat(path); err == nil {
-			return path
-		}
-	}
-	t.Skip("needs virtiofsd")
-	return ""
-}
-
-func TestShare(t *testing.T) {
-	g := boot(t, nil)
-	dir := sharedDir(t)
-	if err := os.WriteFile(filepath.Join(dir, "file"), []byte("early"), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	placed := 0
-	before := descriptors(t)
-	server, err := StartShareServer(t.Context(), ShareSpec{
-		Binary: virtiofsd(t), Launcher: launcher(), Dir: dir, RunDir: runDir(t), Place: func(pid int) error { placed = pid; return nil },
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
-		defer cancel()
-		if err := errors.Join(server.Kill(ctx), server.Close()); err != nil {
-			t.Error(err)
-		}
-	})
-	if placed != server.Record().PID {
-		t.Errorf("placed %d, want %d", placed, server.Record().PID)
-	}
-	begin := time.Now()
-	share := Share{Tag: "shares", Socket: server.Socket()}
-	if err := g.AddShare(t.Context(), share); err != nil {
-		t.Fatalf("%v; virtiofsd: %s", err, server.Stderr())
-	}
-	if err := g.AddShare(t.Context(), share); !errdefs.IsAlreadyExists(err) {
-		t.Errorf("the same share again: %v", err)
-	}
-	within(t, 20*time.Second, "the guest mounts", func() bool { return g.do("mount shares /mnt") == "" })
-	t.Logf("mounted %s after AddShare began", time.Since(begin))
-	if got := g.do("head /mnt/file"); got != "early" {
-		t.Errorf("content %q", got)
-	}
-	if got := g.do("write /mnt/new text"); got != "" {
-		t.Errorf("write: %s", got)
-	}
-	if data, err := os.ReadFile(filepath.Join(dir, "new")); err != nil || string(data) != "text" {
-		t.Errorf("written by the guest: %q, %v", data, err)
-	}
-	lateMount(t, g, dir)
-	other, err := AttachShareServer(server.Record())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := other.Close(); err != nil {
-		t.Error(err)
-	}
-	if err := g.Quit(t.Context()); err != nil {
-		t.Error(err)
-	}
-	select {
-	case <-server.Done():
-	case <-time.After(5 * time.Second):
-		t.Error("virtiofsd goes on without QEMU")
-	}
-	if err := server.Close(); err != nil {
-		t.Error(err)
-	}
-	if after := descriptors(t); after > before {
-		t.Errorf("%d descriptors before, %d after", before, after)
-	}
-}
-
-// lateMount holds that what is mounted below a directory after virtiofsd began is seen by the guest.
-func lateMount(t *testing.T, g *guest, dir string) {
-	t.Helper()
-	volume, target := t.TempDir(), filepath.Join(dir, "volume")
-	if err := os.WriteFile(filepath.Join(volume, "data"), []byte("late"), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Mkdir(target, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Mount(volume, target, "", unix.MS_BIND, ""); err != nil {
-		t.Fatal(err)
-	}
-	within(t, 5*time.Second, "the guest sees the late mount", func() bool { return g.do("head /mnt/volume/data") == "late" })
-	if err := unix.Unmount(target, unix.MNT_DETACH); err != nil {
-		t.Error(err)
-	}
 }
 
 func TestGuestEnds(t *testing.T) {

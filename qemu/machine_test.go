@@ -204,16 +204,16 @@ func TestSpecTellsAllErrors(t *testing.T) {
 
 func TestShareArgs(t *testing.T) {
 	for version, want := range map[string]string{
-		"virtiofsd version 7.2.22 (Debian 1:7.2)\nCopyright": "-f -o source=/d -o sandbox=namespace -o cache=auto -o announce_submounts -o log_level=err --rlimit-nofile=0",
-		"virtiofsd 1.13.2":         "--shared-dir=/d --sandbox=namespace --seccomp=kill --cache=auto --announce-submounts --rlimit-nofile=0 --log-level=error",
-		"virtiofsd backend v1.4.0": "--shared-dir=/d --sandbox=namespace --seccomp=kill --cache=auto --announce-submounts --rlimit-nofile=0 --log-level=error",
+		"virtiofsd version 7.2.22 (Debian 1:7.2)\nCopyright": "-f -o source=/share -o sandbox=namespace -o cache=auto -o announce_submounts -o log_level=err --rlimit-nofile=0",
+		"virtiofsd 1.13.2":         "--shared-dir=/share --sandbox=namespace --seccomp=kill --cache=auto --announce-submounts --rlimit-nofile=0 --log-level=error",
+		"virtiofsd backend v1.4.0": "--shared-dir=/share --sandbox=namespace --seccomp=kill --cache=auto --announce-submounts --rlimit-nofile=0 --log-level=error",
 	} {
-		got, err := renderShareArgs(version, "/d")
+		got, err := renderShareArgs(version)
 		if err != nil || strings.Join(got, " ") != want {
 			t.Errorf("%s: got %q, %v", version, got, err)
 		}
 	}
-	if _, err := renderShareArgs("busybox", "/d"); !errdefs.IsInvalidArgument(err) {
+	if _, err := renderShareArgs("busybox"); !errdefs.IsInvalidArgument(err) {
 		t.Errorf("another program: %v", err)
 	}
 }

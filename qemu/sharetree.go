@@ -49,7 +49,12 @@ type ShareMount struct {
 func onThread(do func() error) error {
 	done := make(chan error, 1)
 	go func() {
-		runtime.LockOSThread() // for good
+		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() { // the main thread does not end, and is taken while this goroutine waits
+			defer runtime.UnlockOSThread()
+			done <- onThread(do)
+			return
+		}
 		done <- do()
 	}()
 	return <-done

@@ -4,9 +4,11 @@ package main
 import (
 	"bufio"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"time"
 
@@ -104,6 +106,10 @@ func do(words []string) (string, error) {
 			return "", err
 		}
 		return "", unix.Mount(words[1], words[2], "virtiofs", 0, "")
+	case "own": // own FILE UID GID MODE
+		return "", own(words[1], words[2:])
+	case "as": // as UID GID FILE
+		return "", createAs(words[1], words[2], words[3])
 	case "disks":
 		return disks()
 	case "flood":
@@ -117,6 +123,40 @@ func do(words []string) (string, error) {
 		return "", os.WriteFile("/proc/sysrq-trigger", []byte("c"), 0)
 	}
 	return "", fmt.Errorf("unknown command %q", words)
+}
+
+// own makes a file and gives it to somebody.
+func own(path string, owner []string) error {
+	var uid, gid int
+	var mode uint32
+	if _, err := fmt.Sscanf(strings.Join(owner, " "), "%d %d %o", &uid, &gid, &mode); err != nil {
+		return err
+	}
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		return err
+	}
+	return errors.Join(unix.Chown(path, uid, gid), unix.Chmod(path, mode))
+}
+
+// createAs makes a file as another user.
+func createAs(uid, gid, path string) error {
+	var u, g int
+	if _, err := fmt.Sscan(uid+" "+gid, &u, &g); err != nil {
+		return err
+	}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	if _, err := unix.SetfsgidRetGid(g); err != nil {
+		return err
+	}
+	if _, err := unix.SetfsuidRetUid(u); err != nil {
+		return err
+	}
+	defer func() {
+		_, _ = unix.SetfsuidRetUid(0)
+		_, _ = unix.SetfsgidRetGid(0)
+	}()
+	return os.WriteFile(path, nil, 0o644)
 }
 
 // disks tells name, serial and the read-only flag of each SCSI disk.
