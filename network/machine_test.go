@@ -309,4 +309,3 @@ func respond(t *testing.T, n *node, a *Attachment, o ResponderOptions) *Responde
 	}
 	return r
 }
-

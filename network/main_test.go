@@ -23,6 +23,8 @@ import (
 const (
 	insideEnv = "VMRUNTIME_NETWORK_TEST_INSIDE"
 	tapEnv    = "VMRUNTIME_NETWORK_TEST_TAP"
+	// respondEnv has the attachment that a process of its own answers for.
+	respondEnv = "VMRUNTIME_NETWORK_TEST_RESPOND"
 )
 
 // TestMain runs the tests in network and mount namespaces of their own, with /var/lib/cni on a tmpfs: CNI acts on the node
@@ -31,6 +33,8 @@ func TestMain(m *testing.M) {
 	switch {
 	case os.Getenv(tapEnv) != "":
 		tapUser()
+	case os.Getenv(respondEnv) != "":
+		respondUntilKilled()
 	case os.Geteuid() != 0:
 		goleak.VerifyTestMain(m)
 	case os.Getenv(insideEnv) == "":
