@@ -48,6 +48,9 @@ func rules() []rule {
 		{"network", nil, "a leaf"},
 		{"agent", []string{"agent/agentpb"}, "the protocol's two ends share nothing else"},
 		{"agent/agentpb", nil, "generated"},
+		{"agent/posixsh", nil, "scripts"},
+		{"agent/qga", []string{"agent/posixsh"}, "a protocol's client"},
+		{"agent/sshexec", []string{"agent/posixsh"}, "a protocol's client"},
 		{"agent/guest", []string{"agent", "agent/agentpb"}, "runs in the guest"},
 		{"deploy", nil, "builds the guest from files, not from packages"},
 	}
