@@ -1,6 +1,7 @@
 package qemu
 
 import (
+	"fmt"
 	"os"
 	"testing"
 
@@ -11,6 +12,10 @@ import (
 func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == "launch" {
 		LaunchMain(os.Args[2:])
+	}
+	if len(os.Args) > 1 && os.Args[1] == "spool" {
+		fmt.Fprintln(os.Stderr, spoolMain(os.Args[2], os.Args[3], os.Args[4]))
+		os.Exit(1)
 	}
 	goleak.VerifyTestMain(m)
 }
