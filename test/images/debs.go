@@ -34,17 +34,17 @@ type debs struct {
 	box   v1.Layer // see base
 }
 
-// openDebs fetches the packages that the cache lacks and reads them all. apt
+// openDebs fetches those packages that the cache lacks and reads them all. apt
 // chooses the versions and verifies what it downloads.
-func openDebs() (*debs, error) {
+func openDebs(packages ...string) (*debs, error) {
 	dir := filepath.Join(tools.CacheDir(), "debs")
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
 	}
-	args := append([]string{"download", "--print-uris"}, packages()...)
+	args := append([]string{"download", "--print-uris"}, packages...)
 	out, err := exec.Command("apt-get", args...).Output()
 	if err != nil {
-		return nil, fmt.Errorf("apt knows not all of the packages %s, run `apt-get update`: %w", strings.Join(packages(), " "), err)
+		return nil, fmt.Errorf("apt knows not all of the packages %s, run `apt-get update`: %w", strings.Join(packages, " "), err)
 	}
 	d := &debs{files: tree{}}
 	for line := range strings.Lines(string(out)) {

@@ -13,7 +13,6 @@ import (
 	"slices"
 
 	"github.com/google/go-containerregistry/pkg/name"
-	"github.com/google/go-containerregistry/pkg/registry"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/empty"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
@@ -40,7 +39,7 @@ const (
 
 // Build makes every image, by reference.
 func Build() (map[string]v1.Image, error) {
-	d, err := openDebs()
+	d, err := openDebs(packages()...)
 	if err != nil {
 		return nil, err
 	}
@@ -53,14 +52,14 @@ func Build() (map[string]v1.Image, error) {
 	return all, nil
 }
 
-// Handler builds the images and returns a registry that serves them, whatever
-// registry name stands before the repository.
+// Handler builds the images and returns a registry that serves them and the images of
+// disks, whatever registry name stands before the repository.
 func Handler() (http.Handler, error) {
 	all, err := Build()
 	if err != nil {
 		return nil, err
 	}
-	h := registry.New(registry.Logger(discardLogger()))
+	h := newDiskRegistry()
 	for _, ref := range slices.Sorted(maps.Keys(all)) {
 		tag, err := name.NewTag(ref)
 		if err != nil {
@@ -93,7 +92,11 @@ func image(config v1.Config, layers ...v1.Layer) (v1.Image, error) {
 }
 
 func platformImage(arch string, config v1.Config, layers ...v1.Layer) (v1.Image, error) {
-	img, err := mutate.AppendLayers(empty.Image, layers...)
+	return imageOn(empty.Image, arch, config, layers...)
+}
+
+func imageOn(base v1.Image, arch string, config v1.Config, layers ...v1.Layer) (v1.Image, error) {
+	img, err := mutate.AppendLayers(base, layers...)
 	if err != nil {
 		return nil, err
 	}
