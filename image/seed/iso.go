@@ -1,6 +1,7 @@
 package seed
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"io/fs"
@@ -89,11 +90,12 @@ func (s *Seed) writeTree(tree string) error {
 // What is needed of the structures of ECMA-119: offsets in a volume descriptor (8.4) and in a directory record (9.1).
 const (
 	descriptorPrimary, descriptorSupplementary, descriptorEnd = 1, 2, 255
-	volumeSize, tableSize, tableLocation                      = 80, 132, 140
+	volumeName, volumeSize, tableSize, tableLocation          = 40, 80, 132, 140
 	recordLocation, recordSize, recordFlags, recordName       = 2, 10, 25, 32
 )
 
-// fixDescriptors mends what the library writes: the times of all volume descriptors, which it takes from the clock, the file's end, and Joliet's directories.
+// fixDescriptors mends what the library writes: in all volume descriptors the times, which it takes from the clock, and the padding of the label; the file's
+// end; and Joliet's directories.
 func fixDescriptors(f *os.File) error {
 	made := append([]byte(fixedTime.Format("20060102150405")+"00"), 0)
 	never := append([]byte("0000000000000000"), 0)
@@ -109,6 +111,14 @@ func fixDescriptors(f *os.File) error {
 		}
 		if err := f.Truncate(int64(binary.LittleEndian.Uint32(d[volumeSize:])) * sector); err != nil {
 			return err
+		}
+		for i := volumeName; i < volumeName+32; i += 2 { // padded with spaces, which in Joliet have two bytes
+			switch {
+			case d[i] == 0 && d[i+1] == 0 && kind == descriptorSupplementary:
+				d[i+1] = ' '
+			case kind == descriptorPrimary:
+				copy(d[i:], bytes.ReplaceAll(d[i:i+2], []byte{0}, []byte{' '}))
+			}
 		}
 		for i, text := range [][]byte{made, made, never, never} {
 			copy(d[descriptorTimes+i*timeLength:], text)

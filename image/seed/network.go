@@ -1,8 +1,10 @@
 package seed
 
 import (
+	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 )
 
 // networkConfig is version 2 of cloud-init's network configuration, which is netplan's.
@@ -25,8 +27,7 @@ type ethernet struct {
 
 type route struct {
 	To     string `yaml:"to"`
-	Via    string `yaml:"via,omitempty"`
-	Scope  string `yaml:"scope,omitempty"`
+	Via    string `yaml:"via"`
 	OnLink bool   `yaml:"on-link,omitempty"`
 }
 
@@ -59,13 +60,20 @@ func texts[T interface{ String() string }](list []T) []string {
 	return out
 }
 
+// v2 writes a route without gateway as one with a gateway of zeros, which is the same: without any, cloud-init 22.4 fails where it writes for ifupdown or ifcfg.
 func (r Route) v2(f Interface) route {
-	switch {
-	case !r.Via.IsValid():
-		return route{To: r.To.Masked().String(), Scope: "link"}
-	default:
-		return route{To: r.To.Masked().String(), Via: r.Via.String(), OnLink: !f.reaches(r.Via)}
+	via := r.Via
+	if !via.IsValid() {
+		via = unspecified(r.To)
 	}
+	return route{To: r.To.Masked().String(), Via: via.String(), OnLink: r.Via.IsValid() && !f.reaches(r.Via)}
+}
+
+func unspecified(p netip.Prefix) netip.Addr {
+	if p.Addr().Is4() {
+		return netip.IPv4Unspecified()
+	}
+	return netip.IPv6Unspecified()
 }
 
 // reaches tells whether an address lies in a subnet of the interface.
@@ -87,6 +95,26 @@ func (f Interface) allRoutes() []Route {
 		}
 	}
 	return append(links, f.Routes...)
+}
+
+// routeScript adds the routes that are missing when the guest's own network is up: on-link gateways are lost wherever cloud-init does not write for netplan, and
+// its version 22.4 writes ::/64 for ::/0.
+func (in Input) routeScript() string {
+	if len(in.NetworkConfig) > 0 {
+		return ""
+	}
+	var b strings.Builder
+	for _, f := range in.Interfaces {
+		for _, r := range f.allRoutes() {
+			family := map[bool]string{true: "-4", false: "-6"}[r.To.Addr().Is4()]
+			via := ""
+			if r.Via.IsValid() {
+				via = " via " + r.Via.String() + map[bool]string{false: " onlink"}[f.reaches(r.Via)]
+			}
+			fmt.Fprintf(&b, "route %s %s %s%s\n", family, r.To.Masked(), f.Name, via)
+		}
+	}
+	return b.String()
 }
 
 // networkData is OpenStack's network_data.json, as far as cloud-init reads it. It has no search domains.
@@ -117,11 +145,9 @@ func (f Interface) openStackNetwork(i int, a netip.Prefix) any {
 		if !first || r.To.Addr().Is4() != a.Addr().Is4() {
 			continue
 		}
-		entry := map[string]string{"network": r.To.Masked().Addr().String(), "netmask": netmask(r.To)}
-		if r.Via.IsValid() {
-			entry["gateway"] = r.Via.String()
-		}
-		routes = append(routes, entry)
+		routes = append(routes, map[string]string{
+			"network": r.To.Masked().Addr().String(), "netmask": netmask(r.To), "gateway": r.v2(f).Via,
+		})
 	}
 	return map[string]any{
 		"id": f.Name + "-" + a.Addr().String(), "link": f.Name, "type": family,

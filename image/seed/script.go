@@ -39,6 +39,14 @@ put() {
 # drop PATH: removes a file that an earlier pod of this disk had.
 drop() { [ ! -e "$1" ] && [ ! -L "$1" ] || { rm -f "$1" && changed=1; }; }
 
+# route FAMILY DESTINATION INTERFACE [via GATEWAY [onlink]]: adds a route that is not there.
+route() {
+	[ -z "$(ip "$1" route show exact "$2" dev "$3" 2>/dev/null)" ] || return
+	family=$1 to=$2 dev=$3
+	shift 3
+	ip "$family" route add "$to" "$@" dev "$dev" || say "cannot add the route to $to"
+}
+
 # attach PATH IN-FSTAB SOURCE: mounts by /etc/fstab what is not mounted yet.
 attach() {
 	cut -d' ' -f5 /proc/self/mountinfo | grep -qxF -- "$2" && return
@@ -84,6 +92,8 @@ func (in Input) bootHook() []byte {
 	b.WriteString("\n# kubectl exec\n")
 	b.WriteString(put(keyScriptPath, "0755", fmt.Sprintf(keyScript, quote(in.execKeyLine()))))
 	b.WriteString(keyScriptPath + "\n")
+	b.WriteString("\n# routes\n")
+	b.WriteString(in.routeScript())
 	b.WriteString("\n# environment\n")
 	b.WriteString(put(EnvFile, "0640", environment(in.Env, everywhere)))
 	b.WriteString(put("/etc/vmruntime/login.env", "0640", environment(in.Env, forLogins)))

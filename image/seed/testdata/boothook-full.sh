@@ -23,6 +23,14 @@ put() {
 # drop PATH: removes a file that an earlier pod of this disk had.
 drop() { [ ! -e "$1" ] && [ ! -L "$1" ] || { rm -f "$1" && changed=1; }; }
 
+# route FAMILY DESTINATION INTERFACE [via GATEWAY [onlink]]: adds a route that is not there.
+route() {
+	[ -z "$(ip "$1" route show exact "$2" dev "$3" 2>/dev/null)" ] || return
+	family=$1 to=$2 dev=$3
+	shift 3
+	ip "$family" route add "$to" "$@" dev "$dev" || say "cannot add the route to $to"
+}
+
 # attach PATH IN-FSTAB SOURCE: mounts by /etc/fstab what is not mounted yet.
 attach() {
 	cut -d' ' -f5 /proc/self/mountinfo | grep -qxF -- "$2" && return
@@ -57,6 +65,13 @@ fi
 exit 0
 '
 /var/lib/cloud/scripts/per-boot/vmruntime-exec-key
+
+# routes
+route -4 0.0.0.0/0 eth0 via 10.244.0.1
+route -6 ::/0 eth0 via fd00:10::1
+route -4 10.96.0.0/12 eth0
+route -4 169.254.1.1/32 eth1
+route -4 172.16.0.0/12 eth1 via 169.254.1.1 onlink
 
 # environment
 put /etc/vmruntime/env 0640 '# The environment of the pod'\''s container.
