@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"slices"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -278,7 +279,17 @@ func beyond(t *testing.T, address string) (hostPort string) {
 			t.Error(err)
 		}
 	})
-	return l.Addr().String()
+	// The kernel makes an IPv6 address's route in its own time.
+	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
+		c, err := net.DialTimeout("tcp", l.Addr().String(), time.Second)
+		if err == nil {
+			c.Close()
+			return l.Addr().String()
+		}
+		if time.Now().After(deadline) {
+			t.Fatal(err)
+		}
+	}
 }
 
 // hears says whether a server's hello comes to the guest.
@@ -308,4 +319,13 @@ func respond(t *testing.T, n *node, a *Attachment, o ResponderOptions) *Responde
 		t.Fatal(err)
 	}
 	return r
+}
+
+// routesText is one "destination gateway" for each route, in their order.
+func routesText(list dhcpv4.Routes) string {
+	var out []string
+	for _, r := range list {
+		out = append(out, r.Dest.String()+" "+r.Router.String())
+	}
+	return strings.Join(out, ", ")
 }
