@@ -200,6 +200,11 @@ func (v *VM) AddShare(ctx context.Context, s Share) error {
 	return nil
 }
 
+// HasShare tells whether a share is plugged, or was from the start.
+func (v *VM) HasShare(ctx context.Context, tag string) (bool, error) {
+	return v.hasDevice(ctx, Share{Tag: tag}.id())
+}
+
 func (v *VM) plugShare(ctx context.Context, s Share, id string) error {
 	port, err := v.freePort(ctx)
 	if err != nil {

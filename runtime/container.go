@@ -127,7 +127,7 @@ func (c *container) start(ctx context.Context) error {
 	if err := c.openLog(); err != nil {
 		return err
 	}
-	started, err := c.run(ctx, client)
+	started, err := c.run(ctx, g, client)
 	if err != nil {
 		return err
 	}
@@ -144,8 +144,8 @@ func (c *container) start(ctx context.Context) error {
 }
 
 // run makes and starts the container in the guest, and leaves nothing of it there when that fails.
-func (c *container) run(ctx context.Context, client agentClient) (time.Time, error) {
-	req, err := c.createRequest()
+func (c *container) run(ctx context.Context, g *guest, client agentClient) (time.Time, error) {
+	req, err := c.createRequest(g)
 	if err != nil {
 		return time.Time{}, err
 	}

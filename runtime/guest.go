@@ -23,7 +23,6 @@ const (
 	bootTimeout = 2 * time.Minute
 	// plugTimeout bounds one hot-plug.
 	plugTimeout = 30 * time.Second
-	shareTag    = "shares"
 	// endGrace is how long after its sockets QEMU's process may end.
 	endGrace = time.Second
 	// shutdownTimeout bounds how long a guest may take to write its shares back and power off.
@@ -263,61 +262,6 @@ func (g *guest) plugDisk(ctx context.Context, d imageDisk) error {
 	}
 	return g.pod.update(func(s *podStatus) error {
 		s.Guest.Disks = append(s.Guest.Disks, d.Serial)
-		return nil
-	})
-}
-
-// mountShare gives the guest the pod's tree of shared directories, once: virtiofsd on the node, the
-// device hot-plugged, the mount in the guest.
-func (g *guest) mountShare(ctx context.Context, client *agent.Client) error {
-	g.plug.Lock()
-	defer g.plug.Unlock()
-	ctx, cancel := context.WithTimeout(ctx, plugTimeout)
-	defer cancel()
-	if g.pod.rec.Status().Guest.Share == nil {
-		if err := g.startShare(ctx); err != nil {
-			return err
-		}
-	}
-	_, err := client.MountShare(ctx, &agentpb.MountShareRequest{Tag: shareTag})
-	return err
-}
-
-// followShare ends the guest when virtiofsd ends before it: every process that uses a shared directory would hang for
-// good. The caller holds plug, or nobody else knows the guest yet.
-func (g *guest) followShare(server *qemu.ShareServer) {
-	g.share = server
-	g.owned.Go(func() {
-		select {
-		case <-g.ctx.Done():
-			return
-		case <-server.Done():
-		}
-		g.log.Warn("virtiofsd ended; its VM is ended too", "stderr", server.Stderr())
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(g.ctx), plugTimeout)
-		defer cancel()
-		if err := g.vm.Kill(ctx); err != nil {
-			g.log.Error("ending a VM without virtiofsd", "error", err)
-		}
-	})
-}
-
-func (g *guest) startShare(ctx context.Context) error {
-	spec, err := g.pod.shareSpec()
-	if err != nil {
-		return err
-	}
-	server, err := qemu.StartShareServer(ctx, spec)
-	if err != nil {
-		return fmt.Errorf("start virtiofsd: %w", err)
-	}
-	record := server.Record()
-	if err := g.vm.AddShare(ctx, qemu.Share{Tag: shareTag, Socket: server.Socket()}); err != nil {
-		return errors.Join(fmt.Errorf("plug the share: %w", err), server.Kill(ctx), server.Close())
-	}
-	g.followShare(server)
-	return g.pod.update(func(s *podStatus) error {
-		s.Guest.Share = &record
 		return nil
 	})
 }

@@ -73,11 +73,7 @@ func (p *pod) state() runtimeapi.PodSandboxState {
 	return runtimeapi.PodSandboxState_SANDBOX_READY
 }
 
-func (p *pod) runDir() string   { return filepath.Join(p.rt.cfg.Server.State, "pods", p.id) }
-func (p *pod) shareDir() string { return filepath.Join(p.runDir(), "share") }
-
-// shareTargets is the writable side of shareDir.
-func (p *pod) shareTargets() string { return filepath.Join(p.runDir(), "targets") }
+func (p *pod) runDir() string { return filepath.Join(p.rt.cfg.Server.State, "pods", p.id) }
 
 func (p *pod) cgroup() cgroup.Group {
 	return cgroup.For(p.config().GetLinux().GetCgroupParent(), p.id)

@@ -6,9 +6,11 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 )
 
@@ -116,7 +118,7 @@ func TestProjectionPushes(t *testing.T) {
 	expect("3")
 }
 
-func TestRunDirWithMountIsRemoved(t *testing.T) {
+func TestRunDirWithMountIsKept(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("needs root to mount")
 	}
@@ -131,11 +133,17 @@ func TestRunDirWithMountIsRemoved(t *testing.T) {
 		t.Skipf("needs to be allowed to mount: %v", err)
 	}
 	t.Cleanup(func() { _ = unix.Unmount(target, unix.MNT_DETACH) })
-	if err := removeRunDir(filepath.Join(link, "pod")); err != nil {
-		t.Error(err)
+	if err := removeRunDir(filepath.Join(link, "pod")); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), target) {
+		t.Errorf("got %v, want an error that names %s", err, target)
 	}
 	if _, err := os.Stat(keep); err != nil {
 		t.Errorf("a file of the node behind a mount: %v", err)
+	}
+	if err := unix.Unmount(target, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := removeRunDir(filepath.Join(link, "pod")); err != nil {
+		t.Error(err)
 	}
 	if _, err := os.Stat(filepath.Join(state, "pod")); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the run directory: %v, want that it is gone", err)

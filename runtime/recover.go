@@ -154,21 +154,6 @@ func (rt *Runtime) recoverPod(ctx context.Context, p *pod) error {
 	return rt.recoverContainers(ctx, p, g)
 }
 
-// recoverShare takes up the guest's virtiofsd. Without it the guest is of no use.
-func (g *guest) recoverShare(ctx context.Context, record *qemu.ShareRecord) error {
-	if record == nil {
-		return nil
-	}
-	server, err := qemu.AttachShareServer(*record)
-	if err != nil {
-		return errors.Join(err, g.vm.Kill(ctx))
-	}
-	g.plug.Lock()
-	defer g.plug.Unlock()
-	g.followShare(server)
-	return nil
-}
-
 // recoverContainers takes up following what runs in a guest. A container that the guest has started and whose
 // record does not say so was caught between the two: the record is completed.
 func (rt *Runtime) recoverContainers(ctx context.Context, p *pod, g *guest) error {
