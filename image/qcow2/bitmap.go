@@ -7,7 +7,10 @@ import (
 	"io"
 )
 
-const bitmapEntrySize = 24 // bytes of a directory entry before its name
+const (
+	bitmapEntrySize = 24 // bytes of a directory entry before its name
+	bitmapInUse     = 1  // flag: it was not saved, and may be of another size
+)
 
 // claimBitmaps reads the bitmap directory and claims it and the bitmaps' tables.
 // Without the header's bit that vouches for them, bitmaps are taken as not there.
@@ -45,8 +48,8 @@ func (c *checker) readBitmap(r *bufio.Reader, i int) error {
 	switch {
 	case off >= hostOffsetLimit:
 		return invalid("bitmap %d has its table at offset %d, want it within the file's %d bytes", i, off, c.size)
-	case flags > 7:
-		return invalid("bitmap %d has flags 0x%x, want only bits 0 to 2", i, flags)
+	case flags > 3: // bit 2 is about extra data
+		return invalid("bitmap %d has flags 0x%x, want only bits 0 and 1", i, flags)
 	case kind != 1:
 		return invalid("bitmap %d has type %d, want 1", i, kind)
 	case granularity < 9 || granularity > 31:
@@ -56,14 +59,24 @@ func (c *checker) readBitmap(r *bufio.Reader, i int) error {
 	case extra != 0:
 		return invalid("bitmap %d has extra_data_size %d, want 0", i, extra)
 	}
-	if most := c.clusters((c.virtualSize>>granularity+1)/8 + 1); entries > most {
-		return invalid("bitmap %d has bitmap_table_size %d, want at most %d for a disk of %d bytes", i, entries, most, c.virtualSize)
+	least, most := c.bitmapClusters(granularity), c.bitmapClusters(granularity)
+	if flags&bitmapInUse != 0 {
+		least, most = 1, maxBitmapBytes>>c.clusterBits
+	}
+	if entries < least || entries > most {
+		return invalid("bitmap %d has bitmap_table_size %d, want %d to %d", i, entries, least, most)
 	}
 	if err := c.spend("bitmap table", entries); err != nil {
 		return err
 	}
 	c.bitmapsAt = append(c.bitmapsAt, table{fmt.Sprintf("table of bitmap %d", i), int64(off), entries})
 	return skip(r, (bitmapEntrySize+name+7)&^7-bitmapEntrySize, "bitmap directory", i)
+}
+
+// bitmapClusters is how many clusters a bitmap of the whole disk has.
+func (c *checker) bitmapClusters(granularity byte) int64 {
+	bits := (c.virtualSize + 1<<granularity - 1) >> granularity
+	return c.clusters((bits + 7) / 8)
 }
 
 // checkBitmaps checks where the data of the bitmaps lies.

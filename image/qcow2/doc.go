@@ -41,6 +41,7 @@ const (
 	maxSnapshotTable      = 64 << 20  // bytes of the snapshot table
 	maxBitmaps            = 65535     // in one image
 	maxBitmapDirectory    = 64 << 20  // bytes
+	maxBitmapBytes        = 512 << 20 // of one bitmap
 	maxBitmapName         = 1023      // bytes
 	maxGuestClusters      = 1 << 28   // 16 TiB in clusters of 64 KiB
 	maxFileClusters       = 3 << 27   // the same, and half as many for tables and snapshots

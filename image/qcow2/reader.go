@@ -223,6 +223,9 @@ func (r *Reader) unpack(c cluster) error {
 	if err == nil {
 		_, err = io.ReadFull(from, r.plain)
 	}
+	if err == nil {
+		err = checkEnd(from)
+	}
 	if errors.Is(err, io.EOF) {
 		err = io.ErrUnexpectedEOF
 	}
@@ -231,6 +234,18 @@ func (r *Reader) unpack(c cluster) error {
 			r.info.CompressionType, c.packed, c.host, r.f.clusterSize, err)
 	}
 	return nil
+}
+
+// checkEnd looks at what follows a full cluster, as QEMU does: more data, missing
+// data and what is no data of this kind are taken, a broken block or frame is not.
+func checkEnd(from io.Reader) error {
+	_, err := io.ReadFull(from, make([]byte, 1))
+	for _, harmless := range []error{io.EOF, io.ErrUnexpectedEOF, zstd.ErrMagicMismatch} {
+		if errors.Is(err, harmless) {
+			return nil
+		}
+	}
+	return err
 }
 
 func (r *Reader) unpacker(from io.Reader) (io.Reader, error) {

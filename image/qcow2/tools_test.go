@@ -110,6 +110,8 @@ func shapes() []shape {
 		{name: "v2-deflate", options: "compat=0.10", args: []string{"-c"}, want: packed("zlib")},
 		{name: "deflate", args: []string{"-c"}, want: packed("zlib")},
 		{name: "zstd", options: "compression_type=zstd", args: []string{"-c"}, want: packed("zstd")},
+		{name: "zstd-512", options: "cluster_size=512,compression_type=zstd", args: []string{"-c"}, want: packed("zstd")},
+		{name: "zstd-4k", options: "cluster_size=4k,compression_type=zstd", args: []string{"-c"}, want: packed("zstd")},
 		{name: "deflate-2M", options: "cluster_size=2M", args: []string{"-c"}, want: packed("zlib")},
 		{name: "zstd-2M", options: "cluster_size=2M,compression_type=zstd", args: []string{"-c"}, want: packed("zstd")},
 		{name: "deflate-512", options: "cluster_size=512", args: []string{"-c"}, want: packed("zlib")},
@@ -191,4 +193,9 @@ func makeImage(t testing.TB, s shape, raw string) string {
 		s.after(t, path)
 	}
 	return path
+}
+
+// commandThatDies writes to an image and aborts before it is closed.
+func commandThatDies(t testing.TB, path string) *exec.Cmd {
+	return exec.CommandContext(t.Context(), "qemu-io", "-f", "qcow2", "-c", "write 128k 64k", "-c", "flush", "-c", "abort", path)
 }
