@@ -27,6 +27,9 @@ func TestMain(m *testing.M) {
 	if os.Getenv(populateEnv) != "" {
 		os.Exit(populateMain())
 	}
+	if os.Getenv(convertEnv) != "" {
+		ConvertMain()
+	}
 	goleak.VerifyTestMain(m)
 }
 

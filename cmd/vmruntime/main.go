@@ -14,6 +14,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/vmruntime/vmruntime/image"
 	"github.com/vmruntime/vmruntime/qemu"
 	"github.com/vmruntime/vmruntime/runtime"
 )
@@ -25,6 +26,10 @@ func main() {
 	// The launcher runs between fork and QEMU for every VM: nothing may come before it.
 	if len(os.Args) > 1 && os.Args[1] == launchCommand {
 		qemu.LaunchMain(os.Args[2:])
+		return
+	}
+	if len(os.Args) == 2 && os.Args[1] == convertCommand {
+		image.ConvertMain()
 		return
 	}
 	ctx, cancel := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
@@ -67,6 +72,7 @@ func command() *cobra.Command {
 			},
 		},
 		configCommand(config),
+		imageCommand(config),
 		&cobra.Command{
 			Use:   "version",
 			Short: "Print the version",
