@@ -83,16 +83,13 @@ func (in Input) configDrive() (*Seed, error) {
 	return s, err
 }
 
-// vendorData is what is ours, and the user's vendor-data behind it, so that of two cloud-configs the user's wins.
+// vendorData is what is ours, around the user's vendor-data: the boot hook runs before what is theirs, and our cloud-config comes last, to add only what theirs does not have.
 func (in Input) vendorData() ([]byte, error) {
 	config, err := in.cloudConfig()
 	if err != nil {
 		return nil, err
 	}
-	parts := []part{
-		{contentType: "text/cloud-config", name: "vmruntime.yaml", body: config},
-		{contentType: "text/cloud-boothook", name: "vmruntime-boothook", body: in.bootHook()},
-	}
+	parts := []part{{contentType: "text/cloud-boothook", name: "vmruntime-boothook", body: in.bootHook()}}
 	if len(in.VendorData) > 0 {
 		p, err := foreignPart(in.VendorData)
 		if err != nil {
@@ -100,7 +97,7 @@ func (in Input) vendorData() ([]byte, error) {
 		}
 		parts = append(parts, p)
 	}
-	return multipart(parts), nil
+	return multipart(append(parts, part{contentType: "text/cloud-config", name: "vmruntime.yaml", body: config, merge: "dict(no_replace,recurse_dict)+list()+str()"})), nil
 }
 
 // cloudConfig is the little of ours that a boot hook cannot do: cc_ssh, which runs later, deletes host keys that it does not know. It has

@@ -4,6 +4,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -81,7 +82,7 @@ func (in Input) ignitionUsers() []ignitionUser {
 		users = append(users, ignitionUser{"core", keys})
 	}
 	if line := in.execKeyLine(); line != "" {
-		keys = append(keys[:len(keys):len(keys)], line)
+		keys = append(slices.Clip(keys), line)
 	}
 	if len(keys) > 0 {
 		users = append(users, ignitionUser{"root", keys})

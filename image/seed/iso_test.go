@@ -65,6 +65,11 @@ func readJoliet(t *testing.T, image []byte) map[string][]byte {
 	if descriptor[0] != 2 || string(descriptor[88:91]) != "%/E" {
 		t.Fatalf("sector 17 is no Joliet descriptor: %q", descriptor[:100])
 	}
+	for _, d := range [][]byte{image[16*sector:], descriptor} {
+		if made := string(d[813:829]); made != "2000010100000000" {
+			t.Errorf("made at %q, want a time that is always the same", made)
+		}
+	}
 	files := map[string][]byte{}
 	var walk func(dir string, record []byte)
 	walk = func(dir string, record []byte) {
@@ -73,6 +78,9 @@ func readJoliet(t *testing.T, image []byte) map[string][]byte {
 			return image[at : at+int(binary.LittleEndian.Uint32(r[10:]))]
 		}
 		for list := extent(record); len(list) > 0 && list[0] != 0; list = list[list[0]:] {
+			if list[18] != 100 {
+				t.Errorf("a record of the year %d, want 2000", 1900+int(list[18]))
+			}
 			name := list[33 : 33+list[32]]
 			if len(name) == 1 {
 				continue // the directory itself and its parent

@@ -15,6 +15,7 @@ import (
 type part struct {
 	contentType, name string
 	body              []byte
+	merge             string // how cloud-init merges this cloud-config into those before it
 }
 
 // multipart is a message of all parts (RFC 2046), of which cloud-init handles one after the other, in a nested message too.
@@ -29,7 +30,11 @@ func multipart(parts []part) []byte {
 			continue
 		}
 		fmt.Fprintf(&b, "Content-Type: %s; charset=\"utf-8\"\nMIME-Version: 1.0\nContent-Transfer-Encoding: base64\n", p.contentType)
-		fmt.Fprintf(&b, "Content-Disposition: attachment; filename=\"%s\"\n\n", p.name)
+		fmt.Fprintf(&b, "Content-Disposition: attachment; filename=\"%s\"\n", p.name)
+		if p.merge != "" {
+			fmt.Fprintf(&b, "Merge-Type: %s\n", p.merge)
+		}
+		b.WriteByte('\n')
 		writeBase64(&b, p.body)
 	}
 	fmt.Fprintf(&b, "\n--%s--\n", boundary)

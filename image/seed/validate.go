@@ -136,7 +136,7 @@ func (in Input) validateMounts(c *checker) {
 		}
 	}
 	for _, s := range in.Shares {
-		c.rule(shareName.MatchString(s.Name), "share", s.Name, "a file name of at most 128 letters, digits, dots, dashes and underscores")
+		c.rule(shareName.MatchString(s.Name) && s.Name != path.Base(path.Dir(AgentPath)), "share", s.Name, "another file name than agent, of at most 128 letters, digits, dots, dashes and underscores")
 		once("mount path of share "+s.Name, s.Path)
 	}
 }

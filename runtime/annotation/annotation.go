@@ -44,9 +44,9 @@ type Machine struct {
 	Datasource        string `key:"datasource" kind:"word" values:"nocloud configdrive ignition none" default:"nocloud" group:"Guest configuration" doc:"How the guest gets its configuration. nocloud and configdrive: a small disk that cloud-init reads. ignition: a firmware value that Ignition reads. none: nothing, the guest gets its addresses by DHCP alone, and exec needs an agent in the image."`
 	UserData          Source `key:"user-data" max:"262144" doc:"cloud-init's user-data: cloud-config, a script, MIME multi-part, or anything else that it knows. It is passed on as it is and wins over what the runtime adds."`
 	VendorData        Source `key:"vendor-data" max:"262144" doc:"cloud-init's vendor-data, which user-data wins over."`
-	NetworkConfig     Source `key:"network-config" max:"65536" doc:"cloud-init's network-config, instead of the one made from the pod's addresses. The node forwards only the pod's own addresses."`
-	Ignition          Source `key:"ignition" max:"262144" doc:"The configuration for Ignition, as JSON. Needs the datasource ignition."`
-	SSHKeys           Source `key:"ssh-keys" max:"65536" doc:"Public keys that may log in by SSH, as the image's default user and as root; one per line, as in authorized_keys. They are not taken away from a guest that has them already."`
+	NetworkConfig     Source `key:"network-config" max:"65536" doc:"cloud-init's network-config, instead of the one made from the pod's addresses: version 2 or 1 for nocloud, OpenStack's network_data.json for configdrive. The node forwards only the pod's own addresses."`
+	Ignition          Source `key:"ignition" max:"262144" doc:"The configuration for Ignition, as JSON. One of specification 3 is merged over what the runtime adds, one of specification 2 is passed on alone. Needs the datasource ignition."`
+	SSHKeys           Source `key:"ssh-keys" max:"65536" doc:"Public keys that may log in by SSH, as the image's default user and, unless user-data sets disable_root, as root; one per line, as in authorized_keys. A disk that has them already keeps them when they go."`
 	GuestAgentInstall bool   `key:"guest-agent-install" kind:"bool" default:"false" doc:"Run the runtime's own agent in the guest, from a read-only share, as a systemd unit. Exec then needs neither SSH nor the QEMU guest agent. Needs the datasource nocloud or configdrive and a guest with virtiofs."`
 }
 
@@ -105,7 +105,7 @@ func (m *Machine) keys() []key {
 	for field := range v.Type().Fields() {
 		k := tagged(field)
 		k.target = v.FieldByIndex(field.Index)
-		if source, is := k.target.Addr().Interface().(*Source); is {
+		if source, is := reflect.TypeAssert[*Source](k.target.Addr()); is {
 			k.kind, k.target = "text", reflect.ValueOf(&source.Text).Elem()
 			from := key{name: k.name + "-from", kind: "path", max: maxPath, target: reflect.ValueOf(&source.From).Elem()}
 			from.doc = "The same from a file: its path inside the container, below a mounted ConfigMap, Secret or other volume; at most 1 MiB."

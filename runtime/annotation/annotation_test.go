@@ -206,8 +206,29 @@ func document() string {
 		}
 		fmt.Fprintf(&b, "| `%s` | %s | %s | %s |\n", k.name, k.shape(), def, k.doc)
 	}
+	b.WriteString(added)
 	return b.String()
 }
+
+// added is what package image/seed puts into a guest, told to its users.
+const added = `
+## What the guest gets besides
+
+With the datasources nocloud and configdrive, from vendor-data, so that user-data wins; ` + "`vendor_data: {enabled: false}`" + ` in user-data refuses it.
+Most is done by a script at every boot, which owns what it names and may run any number of times.
+
+- The pod's hostname, addresses, routes, DNS servers and search domains. cloud-init configures a guest once for every pod: not again
+  when a container restarts on a persistent root disk, but again when that disk comes to another pod.
+- ` + "`/etc/vmruntime/env`" + `: the container's environment, as lines ` + "`KEY=\"value\"`" + ` that a shell and systemd's ` + "`EnvironmentFile=`" + ` read alike. root and the
+  group adm may read it. Logins get it too, except for names like PATH and HOME that a login sets itself. Names that a shell cannot have are left out.
+- The SSH host key that the node checks, and root's key for ` + "`kubectl exec`" + ` with the comment ` + "`vmruntime-exec`" + `. Host keys of other types come from
+  ` + "`ssh_keys`" + ` in user-data. If user-data has an ed25519 host key of its own, exec by SSH is refused.
+- In ` + "`/etc/fstab`" + `, with the option ` + "`x-vmruntime`" + `: the virtiofs mount ` + "`/run/vmruntime/shares`" + ` and from it a bind mount for every volume, at its mount
+  path, read-only where the pod says so. The guest boots also without them.
+- For a block volume the device path of the pod, by a rule of udev that knows the disk by its serial.
+
+Ignition gets the same but for routes, addresses and device paths; the guest asks for its addresses by DHCP.
+`
 
 // shape says in a few words what a value looks like.
 func (k key) shape() string {
