@@ -215,14 +215,14 @@ func (l *lease) setPod(o ResponderOptions) {
 func (l *lease) fit() error {
 	limit := min(answerLimit, l.mtu)
 	for {
-		size, err := l.largest()
-		if err != nil {
-			return fmt.Errorf("answers on interface %s: %w", l.name, err)
-		}
-		if size <= limit {
+		size, err := l.largest() // a name that is too long for an option is an error
+		switch {
+		case err == nil && size <= limit:
 			return nil
-		}
-		if len(l.searches) == 0 {
+		case len(l.searches) > 0:
+		case err != nil:
+			return fmt.Errorf("answers on interface %s: %w", l.name, err)
+		default:
 			return fmt.Errorf("interface %s has so many addresses and routes that DHCP takes %d bytes; its MTU leaves %d: %w",
 				l.name, size, limit, errdefs.ErrFailedPrecondition)
 		}

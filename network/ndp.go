@@ -3,6 +3,7 @@ package network
 import (
 	"net"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/mdlayher/ndp"
@@ -65,13 +66,30 @@ func (l *lease) advertisement(r router, first bool) *ndp.RouterAdvertisement {
 			ValidLifetime: ndp.Infinity, PreferredLifetime: ndp.Infinity,
 		})
 	}
-	if len(l.dns6) > 0 {
-		ra.Options = append(ra.Options, &ndp.RecursiveDNSServer{Lifetime: ndp.Infinity, Servers: l.dns6})
+	for servers := range slices.Chunk(l.dns6, optionRoom/16) {
+		ra.Options = append(ra.Options, &ndp.RecursiveDNSServer{Lifetime: ndp.Infinity, Servers: servers})
 	}
-	if len(l.searches) > 0 {
-		ra.Options = append(ra.Options, &ndp.DNSSearchList{Lifetime: ndp.Infinity, DomainNames: l.searches})
+	for _, domains := range chunkDomains(l.searches) {
+		ra.Options = append(ra.Options, &ndp.DNSSearchList{Lifetime: ndp.Infinity, DomainNames: domains})
 	}
 	return ra
+}
+
+// optionRoom is how many bytes of addresses or names the ndp package can put into one option; more options may follow (RFC 8106).
+const optionRoom = 240
+
+// chunkDomains divides domains among options.
+func chunkDomains(domains []string) (out [][]string) {
+	room := 0
+	for _, d := range domains {
+		need := len(d) + 2
+		if room < need {
+			out, room = append(out, nil), optionRoom
+		}
+		out[len(out)-1] = append(out[len(out)-1], d)
+		room -= need
+	}
+	return out
 }
 
 func ndpFrame(m ndp.Message, fromMAC, toMAC net.HardwareAddr, from, to netip.Addr) ([]byte, error) {
