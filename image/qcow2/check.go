@@ -163,17 +163,18 @@ func (c *checker) l2At(t table, i int64, entry uint64) (int64, error) {
 
 func (c *checker) checkActive() error {
 	t := c.activeL1()
-	return c.each(t, func(_ int64, entry uint64) error {
+	return c.each(t, func(i int64, entry uint64) error {
 		if entry == 0 {
 			return nil
 		}
-		return c.checkL2(int64(entry&offsetMask), true)
+		return c.checkL2(int64(entry&offsetMask), c.clusters(c.virtualSize)-i*c.l2Entries())
 	})
 }
 
-// checkL2 checks the L2 table at off, which is within the file. The disk's own
-// clusters are counted, those of snapshots are not.
-func (c *checker) checkL2(off int64, active bool) error {
+// checkL2 checks the L2 table at off, which is within the file. Of its entries
+// the first count are of the disk, and go into Info; others are of snapshots,
+// or beyond the end of the disk.
+func (c *checker) checkL2(off, count int64) error {
 	if err := c.spend("L2 table", c.l2Entries()); err != nil {
 		return err
 	}
@@ -191,7 +192,7 @@ func (c *checker) checkL2(off int64, active bool) error {
 		if err != nil {
 			return invalid("L2 table at offset %d: %v", off, err)
 		}
-		if active {
+		if i < count {
 			c.info.Allocated += c.stored(e)
 			c.info.Compressed = c.info.Compressed || e.packed > 0
 		}

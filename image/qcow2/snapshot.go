@@ -121,7 +121,7 @@ func (c *checker) checkSnapshots() error {
 	for w, tables := range c.snapL2 {
 		for ; tables != 0; tables &= tables - 1 {
 			at := int64(w)*64 + int64(bits.TrailingZeros64(tables))
-			if err := c.checkL2(at<<c.clusterBits, false); err != nil {
+			if err := c.checkL2(at<<c.clusterBits, 0); err != nil {
 				return err
 			}
 		}
