@@ -2,8 +2,10 @@ package image
 
 import (
 	"fmt"
+	"strconv"
 	"testing"
 
+	"github.com/containerd/errdefs"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
 
@@ -60,4 +62,38 @@ func debianLayer(t testing.TB) v1.Layer {
 		l.file(fmt.Sprintf("usr/%02d/%02d/file-%05d", i%40, i/40%40, i), data[i:i+size])
 	}
 	return l.done()
+}
+
+// BenchmarkFindDisk is what CreateContainer adds: for a machine whose image another one uses, for one whose image nobody
+// uses, and for an ordinary container.
+func BenchmarkFindDisk(b *testing.B) {
+	n := startContainerd(b)
+	n.load(diskRef, diskImage(b, files(b, "disk/a.qcow2", emptyDisk(b, 1<<40))), "overlayfs")
+	n.load(testRef, imageOf(b, "", baseLayer(b)), "overlayfs")
+	s := n.store()
+	b.Run("shared", func(b *testing.B) {
+		findDisk(b, s, diskRef, "first")
+		for i := 0; b.Loop(); i++ {
+			findDisk(b, s, diskRef, "c"+strconv.Itoa(i))
+		}
+		b.StopTimer()
+		if err := s.Prune(b.Context(), nil); err != nil {
+			b.Fatal(err)
+		}
+	})
+	b.Run("alone", func(b *testing.B) {
+		for b.Loop() {
+			findDisk(b, s, diskRef, "c")
+			if err := s.Release(b.Context(), "c"); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	b.Run("ordinary", func(b *testing.B) {
+		for b.Loop() {
+			if _, err := s.FindDisk(b.Context(), testRef, "c"); !errdefs.IsNotFound(err) {
+				b.Fatal(err)
+			}
+		}
+	})
 }

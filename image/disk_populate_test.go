@@ -277,6 +277,16 @@ func TestPopulateRefuses(t *testing.T) {
 			t.Errorf("%s to %s: %v", c.disk, c.device, err)
 		}
 	}
+	used, err := os.OpenFile(dev, os.O_RDWR|os.O_EXCL, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Populate(t.Context(), testDisk(raw), dev, nil); !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("a device in use: %v, want failed precondition", err)
+	}
+	if err := used.Close(); err != nil {
+		t.Fatal(err)
+	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if err := s.Populate(ctx, testDisk(raw), dev, nil); err == nil {
