@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -13,6 +14,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/vmruntime/vmruntime/test/tools"
 )
 
 // shells are the command lines by which a script is run: as sh -c, and as a login shell does.
@@ -21,8 +24,22 @@ func shells(t *testing.T) map[string]func(script string) []string {
 	all := map[string]func(string) []string{
 		"sh": func(s string) []string { return []string{"/bin/sh", "-c", s} },
 	}
+	debs := ""
+	if !testing.Short() {
+		// Where apt has none, those that the machine has must do.
+		if dir, err := tools.Debs("zsh", "fish", "tcsh", "mksh", "libpcre2-32-0"); err == nil {
+			debs = dir
+			libs, _ := filepath.Glob(filepath.Join(dir, "usr/lib/*-linux-gnu"))
+			t.Setenv("LD_LIBRARY_PATH", strings.Join(libs, ":"))
+		}
+	}
 	for _, shell := range []string{"dash", "bash", "zsh", "fish", "tcsh", "mksh", "busybox"} {
 		path, err := exec.LookPath(shell)
+		for _, bin := range []string{"bin", "usr/bin"} {
+			if err != nil && debs != "" {
+				path, err = exec.LookPath(filepath.Join(debs, bin, shell))
+			}
+		}
 		if err != nil {
 			continue
 		}
