@@ -30,12 +30,12 @@ type job struct {
 	LastUserNS bool `json:"lastUserNS,omitempty"`
 }
 
-// confinement is the little world of one QEMU.
+// confinement is the little world of one QEMU or swtpm.
 type confinement struct {
 	UID  uint32 `json:"uid"`
 	GID  uint32 `json:"gid"`
 	Root string `json:"root"` // an empty or unneeded directory, over which the new root is mounted
-	// Binds are shown read-only in the new root; a symbolic link is copied.
+	// Binds are shown in the new root, read-only if not said otherwise; a symbolic link is copied.
 	Binds []bind `json:"binds"`
 	KVM   bool   `json:"kvm"` // needs /dev/kvm
 }
@@ -43,12 +43,14 @@ type confinement struct {
 type bind struct {
 	Source string `json:"source"`
 	Target string `json:"target"`
+	// Writable shows what is below as it is, but for programs.
+	Writable bool `json:"writable,omitempty"`
 	// Copy shows a copy that belongs to the VM's user, of a regular file that this user may not read.
 	Copy bool `json:"copy,omitempty"`
 }
 
 // LaunchMain is the main function of a re-executed launcher. It waits for its job, which comes when the
-// process is in its cgroup, confines itself and becomes QEMU or virtiofsd. It never returns; when something cannot be
+// process is in its cgroup, confines itself and becomes QEMU, virtiofsd or swtpm. It never returns; when something cannot be
 // done it says so on its error output and exits with status 125. It takes no arguments.
 func LaunchMain(args []string) {
 	err := fmt.Errorf("unexpected arguments %q", args)
@@ -203,7 +205,12 @@ func (c *confinement) bind(b bind) error {
 	if err := unix.Mount(b.Source, target, "", unix.MS_BIND, ""); err != nil {
 		return err
 	}
-	const flags = unix.MS_BIND | unix.MS_REMOUNT | unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV
+	flags := uintptr(unix.MS_BIND | unix.MS_REMOUNT | unix.MS_NOSUID | unix.MS_NODEV)
+	if b.Writable {
+		flags |= unix.MS_NOEXEC
+	} else {
+		flags |= unix.MS_RDONLY
+	}
 	return unix.Mount("", target, "", flags, "")
 }
 
@@ -262,7 +269,7 @@ func enter(root string) error {
 // dropPrivileges becomes the VM's user, without groups and capabilities.
 func (c *confinement) dropPrivileges() error {
 	if c.UID == 0 || c.GID == 0 {
-		return errors.New("QEMU must not run as root")
+		return errors.New("it must not run as root")
 	}
 	for capability := uintptr(0); ; capability++ {
 		err := unix.Prctl(unix.PR_CAPBSET_DROP, capability, 0, 0, 0)

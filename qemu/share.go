@@ -9,7 +9,6 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -43,13 +42,8 @@ type ShareRecord struct {
 // in a user namespace of its own, so that it has the powers of root over shared files and over nothing else of the node;
 // and it confines itself: own mount, PID and network namespace, the share as its root, few capabilities, a seccomp filter.
 type ShareServer struct {
-	rec  ShareRecord
-	p    *process
-	out  *tail // nil if another daemon started it
-	done chan struct{}
-
-	owned sync.WaitGroup
-	close func() error
+	*helper
+	rec ShareRecord
 }
 
 // StartShareServer runs virtiofsd with nothing to show yet. It listens when this returns.
@@ -99,7 +93,7 @@ func StartShareServer(ctx context.Context, s ShareSpec) (*ShareServer, error) {
 		return nil, err
 	}
 	record.StartTime = proc.start
-	return newShareServer(record, proc, out), nil
+	return &ShareServer{newHelper("virtiofsd", proc, out), record}, nil
 }
 
 var rustRE = regexp.MustCompile(`^virtiofsd (backend )?v?[1-9]`)
@@ -139,19 +133,7 @@ func AttachShareServer(r ShareRecord) (*ShareServer, error) {
 	if err != nil {
 		return nil, err
 	}
-	return newShareServer(r, p, nil), nil
-}
-
-func newShareServer(r ShareRecord, p *process, out *tail) *ShareServer {
-	s := &ShareServer{rec: r, p: p, out: out, done: make(chan struct{})}
-	s.close = sync.OnceValue(s.release)
-	s.owned.Go(func() {
-		if p.wait() == nil {
-			p.reap()
-			close(s.done)
-		}
-	})
-	return s
+	return &ShareServer{newHelper("virtiofsd", p, nil), r}, nil
 }
 
 // Socket is the path to give to VM.AddShare.
@@ -159,44 +141,3 @@ func (s *ShareServer) Socket() string { return s.rec.Socket }
 
 // Record returns what AttachShareServer needs.
 func (s *ShareServer) Record() ShareRecord { return s.rec }
-
-// Done is closed when the server is gone.
-func (s *ShareServer) Done() <-chan struct{} { return s.done }
-
-// Stderr is the end of the server's messages; empty after AttachShareServer.
-func (s *ShareServer) Stderr() string {
-	if s.out == nil {
-		return ""
-	}
-	return s.out.String()
-}
-
-// Kill ends the server and its worker and returns when the server is gone. One that is gone is no error.
-func (s *ShareServer) Kill(ctx context.Context) error {
-	select {
-	case <-s.done:
-		return nil
-	default:
-	}
-	if err := s.p.killGroup(); err != nil {
-		return err
-	}
-	select {
-	case <-s.done:
-		return nil
-	case <-ctx.Done():
-		return fmt.Errorf("virtiofsd, process %d, does not end: %w", s.rec.PID, ctx.Err())
-	}
-}
-
-// Close detaches: the server goes on. It may be called more than once.
-func (s *ShareServer) Close() error { return s.close() }
-
-func (s *ShareServer) release() error {
-	errs := []error{s.p.close()}
-	if s.out != nil {
-		errs = append(errs, s.out.Close())
-	}
-	s.owned.Wait()
-	return errors.Join(errs...)
-}

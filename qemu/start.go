@@ -21,8 +21,9 @@ const (
 	rootDir          = "root" // where QEMU's root is mounted, in its own namespace
 	qmpSocket        = "qmp.sock"
 	agentSocket      = "agent.sock"
-	guestAgentSocket = "guestagent.sock"
+	guestAgentSocket = "qga.sock"
 	shareSocket      = "share.sock"
+	tpmSocket        = "tpm.sock"
 )
 
 // maxSocketPath is what fits into the kernel's address of a Unix socket.

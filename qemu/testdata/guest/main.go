@@ -3,6 +3,7 @@ package main
 
 import (
 	"bufio"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -110,6 +111,8 @@ func do(words []string) (string, error) {
 		return "", own(words[1], words[2:])
 	case "as": // as UID GID FILE
 		return "", createAs(words[1], words[2], words[3])
+	case "tpm": // tpm COMMAND
+		return tpm(words[1])
 	case "disks":
 		return disks()
 	case "flood":
@@ -157,6 +160,25 @@ func createAs(uid, gid, path string) error {
 		_, _ = unix.SetfsgidRetGid(0)
 	}()
 	return os.WriteFile(path, nil, 0o644)
+}
+
+// tpm gives the TPM a command and returns its answer, both in hexadecimal.
+func tpm(command string) (string, error) {
+	data, err := hex.DecodeString(command)
+	if err != nil {
+		return "", err
+	}
+	f, err := os.OpenFile("/dev/tpm0", os.O_RDWR, 0)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	if _, err := f.Write(data); err != nil {
+		return "", err
+	}
+	answer := make([]byte, 4096)
+	n, err := f.Read(answer)
+	return hex.EncodeToString(answer[:n]), err
 }
 
 // disks tells name, serial and the read-only flag of each SCSI disk.
