@@ -61,14 +61,15 @@ type ContainerdConfig struct {
 
 // VMConfig is the section [vm].
 type VMConfig struct {
-	Handlers      []string `toml:"handlers" comment:"Runtime handlers whose pods become VMs. All others are containerd's."`
-	DefaultMemory Size     `toml:"default_memory" comment:"Memory for the containers of a pod that sets no memory limit."`
-	GuestOverhead Size     `toml:"guest_overhead" comment:"Memory that the guest's kernel and agent use, added to the limit or default."`
-	MinMemory     Size     `toml:"min_memory" comment:"The least that a VM gets, overhead included."`
-	MaxMemory     Size     `toml:"max_memory" comment:"The most that a VM gets, overhead included."`
-	DefaultVCPUs  int      `toml:"default_vcpus" comment:"Virtual CPUs of a pod that sets no CPU limit. With a limit it is that, rounded up."`
-	MaxVCPUs      int      `toml:"max_vcpus" comment:"The most virtual CPUs that a VM gets."`
-	ScratchSize   Size     `toml:"scratch_size" comment:"How much the containers of a pod may write to their root filesystems together. The file is\nsparse: it takes what is written."`
+	Handlers             []string `toml:"handlers" comment:"Runtime handlers whose pods become VMs. All others are containerd's."`
+	DefaultMemory        Size     `toml:"default_memory" comment:"Memory for the containers of a pod that sets no memory limit."`
+	DefaultMachineMemory Size     `toml:"default_machine_memory" comment:"Memory for a machine, which boots the operating system of its image, if its pod sets no memory limit."`
+	GuestOverhead        Size     `toml:"guest_overhead" comment:"Memory that the guest's kernel and agent use, added to the limit or default."`
+	MinMemory            Size     `toml:"min_memory" comment:"The least that a VM gets, overhead included."`
+	MaxMemory            Size     `toml:"max_memory" comment:"The most that a VM gets, overhead included."`
+	DefaultVCPUs         int      `toml:"default_vcpus" comment:"Virtual CPUs of a pod that sets no CPU limit. With a limit it is that, rounded up."`
+	MaxVCPUs             int      `toml:"max_vcpus" comment:"The most virtual CPUs that a VM gets."`
+	ScratchSize          Size     `toml:"scratch_size" comment:"How much the containers of a pod may write to their root filesystems together. The file is\nsparse: it takes what is written."`
 }
 
 // QEMUConfig is the section [qemu].
@@ -76,6 +77,7 @@ type QEMUConfig struct {
 	Binary    string `toml:"binary" comment:"QEMU's system emulator, 7.2 or newer."`
 	Accel     string `toml:"accel" comment:"kvm, tcg (emulation, slow, works everywhere) or auto: kvm where a guest was seen to boot with it, else tcg."`
 	Virtiofsd string `toml:"virtiofsd" comment:"Serves directories of the host to a VM. Empty: the first of /usr/libexec/virtiofsd, /usr/lib/virtiofsd,\n/usr/lib/qemu/virtiofsd and /usr/bin/virtiofsd that is there."`
+	Swtpm     string `toml:"swtpm" comment:"The program that emulates a TPM for machines that ask for one."`
 	UIDBase   uint32 `toml:"uid_base" comment:"Every VM runs as a user and group ID of its own, from this one on. They should belong to nobody else on the node."`
 	UIDCount  uint32 `toml:"uid_count" comment:"How many such IDs there are, so how many VM pods. The one after them is the acceleration proof's."`
 }
@@ -144,18 +146,20 @@ func defaultConfig(goarch string) Config {
 		},
 		Containerd: ContainerdConfig{Address: "/run/containerd/containerd.sock"},
 		VM: VMConfig{
-			Handlers:      []string{"vm"},
-			DefaultMemory: 256 << 20,
-			GuestOverhead: 64 << 20,
-			MinMemory:     128 << 20,
-			MaxMemory:     64 << 30,
-			DefaultVCPUs:  1,
-			MaxVCPUs:      32,
-			ScratchSize:   10 << 30,
+			Handlers:             []string{"vm"},
+			DefaultMemory:        256 << 20,
+			DefaultMachineMemory: 1 << 30,
+			GuestOverhead:        64 << 20,
+			MinMemory:            128 << 20,
+			MaxMemory:            64 << 30,
+			DefaultVCPUs:         1,
+			MaxVCPUs:             32,
+			ScratchSize:          10 << 30,
 		},
 		QEMU: QEMUConfig{
 			Binary:   binary,
 			Accel:    "auto",
+			Swtpm:    "swtpm",
 			UIDBase:  200000,
 			UIDCount: 65536,
 		},

@@ -58,6 +58,9 @@ func (rt *Runtime) newContainer(p *pod, rec *state.Record[containerSpec, contain
 	return c
 }
 
+// isMachine tells whether the container is a whole machine.
+func (c *container) isMachine() bool { return c.rec.Spec().Machine != nil }
+
 func (c *container) config() *runtimeapi.ContainerConfig { return c.rec.Spec().Config.M }
 
 func (c *container) ref() *agentpb.ProcessRef { return &agentpb.ProcessRef{ContainerId: c.id} }
@@ -103,7 +106,11 @@ func (rt *Runtime) StartContainer(ctx context.Context, req *runtimeapi.StartCont
 	if s := c.rec.Status(); s.state() != runtimeapi.ContainerState_CONTAINER_CREATED {
 		return nil, fmt.Errorf("container %s is %s; only a created one can be started: %w", c.id, stateName(s.state()), errdefs.ErrFailedPrecondition)
 	}
-	if err := c.start(ctx); err != nil {
+	start := c.start
+	if c.isMachine() {
+		start = c.startMachine
+	}
+	if err := start(ctx); err != nil {
 		c.log.Info("the container could not be started", "error", err)
 		c.finish(containerEnd{code: 128, reason: reasonStartError, message: err.Error(), at: time.Now()})
 		return nil, fmt.Errorf("start container %s: %w", c.id, err)
@@ -195,6 +202,9 @@ func (c *container) stop(ctx context.Context, grace time.Duration) error {
 	if !c.rec.Status().running() {
 		return nil
 	}
+	if c.isMachine() {
+		return c.stopMachine(ctx, grace)
+	}
 	if grace > 0 {
 		if c.endedAfter(ctx, c.stopSignal(), false, grace) {
 			return nil
@@ -211,6 +221,9 @@ func (c *container) stop(ctx context.Context, grace time.Duration) error {
 func (c *container) kill(ctx context.Context) error {
 	if !c.rec.Status().running() {
 		return nil
+	}
+	if c.isMachine() {
+		return c.killMachine(ctx)
 	}
 	ctx = context.WithoutCancel(ctx)
 	if c.endedAfter(ctx, sigkill, true, killTimeout) {
@@ -281,7 +294,7 @@ func (rt *Runtime) removeContainer(ctx context.Context, c *container) error {
 func (c *container) forget(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), teardownTimeout)
 	defer cancel()
-	if g := c.pod.currentGuest(); g != nil && g.alive() && c.rec.Status().Boot == g.boot {
+	if g := c.pod.currentGuest(); !c.isMachine() && g != nil && g.alive() && c.rec.Status().Boot == g.boot {
 		if client, err := g.session(ctx); err == nil {
 			if err := c.discard(client); err != nil && g.alive() {
 				return fmt.Errorf("remove container %s from the guest: %w", c.id, err)
@@ -289,7 +302,7 @@ func (c *container) forget(ctx context.Context) error {
 		}
 	}
 	c.pod.dropProjections(c)
-	if err := errors.Join(c.unshare(), c.rt.images.Release(ctx, c.id), c.removeLogRecord()); err != nil {
+	if err := errors.Join(c.unshare(), c.rt.images.RemoveMachine(c.id), c.rt.images.Release(ctx, c.id), c.removeLogRecord()); err != nil {
 		return err
 	}
 	if err := c.rt.containerStore.Remove(c.id); err != nil {
@@ -308,14 +321,14 @@ func (c *container) name() string {
 }
 
 // ContainerStatus reports one container; with verbose also its OCI specification.
-func (rt *Runtime) ContainerStatus(_ context.Context, req *runtimeapi.ContainerStatusRequest) (*runtimeapi.ContainerStatusResponse, error) {
+func (rt *Runtime) ContainerStatus(ctx context.Context, req *runtimeapi.ContainerStatusRequest) (*runtimeapi.ContainerStatusResponse, error) {
 	c, err := rt.containerByID(req.GetContainerId())
 	if err != nil {
 		return nil, err
 	}
 	resp := &runtimeapi.ContainerStatusResponse{Status: c.criStatus()}
 	if req.GetVerbose() {
-		resp.Info, err = c.verbose()
+		resp.Info, err = c.verbose(ctx)
 	}
 	return resp, err
 }

@@ -11,7 +11,6 @@ import (
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/vmruntime/vmruntime/image"
 	"github.com/vmruntime/vmruntime/runtime/ocispec"
 )
 
@@ -25,7 +24,7 @@ func (rt *Runtime) CreateContainer(ctx context.Context, req *runtimeapi.CreateCo
 	if p.state() != runtimeapi.PodSandboxState_SANDBOX_READY {
 		return nil, fmt.Errorf("sandbox %s is not ready; a container needs one that is: %w", p.id, errdefs.ErrFailedPrecondition)
 	}
-	if err := ocispec.ValidateContainer(req.GetConfig(), p.config()); err != nil {
+	if err := ocispec.ValidateNames(req.GetConfig()); err != nil {
 		return nil, err
 	}
 	id := newID()
@@ -45,27 +44,27 @@ func (rt *Runtime) CreateContainer(ctx context.Context, req *runtimeapi.CreateCo
 }
 
 func (rt *Runtime) createContainer(ctx context.Context, p *pod, id string, cfg *runtimeapi.ContainerConfig) (*container, error) {
-	mounts, err := resolveMounts(id, cfg)
-	if err != nil {
-		return nil, err
-	}
 	spec := containerSpec{
 		PodID:     p.id,
 		Config:    message[*runtimeapi.ContainerConfig]{cfg},
 		CreatedAt: time.Now(),
-		Mounts:    mounts,
 	}
 	if dir, path := p.config().GetLogDirectory(), cfg.GetLogPath(); dir != "" && path != "" {
 		spec.LogPath = filepath.Join(dir, path)
 	}
-	img, err := rt.resolveImage(ctx, id, cfg.GetImage().GetImage(), &spec)
+	if err := rt.knownImage(ctx, cfg.GetImage().GetImage(), &spec); err != nil {
+		return nil, err
+	}
+	var err error
+	if spec.Machine, err = rt.decideMachine(ctx, p, id, &spec); err != nil {
+		return nil, err
+	}
+	if spec.Machine != nil {
+		spec.Mounts, err = machineMounts(id, cfg)
+	} else {
+		err = rt.decideContainer(ctx, p, id, &spec)
+	}
 	if err != nil {
-		return nil, err
-	}
-	if spec.Volumes, err = rt.resolveVolumes(ctx, id, cfg, mounts); err != nil {
-		return nil, err
-	}
-	if err := buildOCI(p, id, img, &spec); err != nil {
 		return nil, err
 	}
 	rec, err := rt.containerStore.Create(id, spec, containerStatus{})
@@ -73,37 +72,40 @@ func (rt *Runtime) createContainer(ctx context.Context, p *pod, id string, cfg *
 		return nil, err
 	}
 	c := rt.newContainer(p, rec)
-	if !rt.addContainer(c) {
-		return nil, errors.Join(fmt.Errorf("sandbox %s was stopped meanwhile: %w", p.id, errdefs.ErrFailedPrecondition), rt.containerStore.Remove(id))
+	if err := rt.addContainer(c); err != nil {
+		return nil, errors.Join(err, rt.containerStore.Remove(id))
 	}
 	return c, nil
 }
 
 // addContainer makes a container known, unless its sandbox was stopped: whoever removes a stopped sandbox has seen all of
-// its containers.
-func (rt *Runtime) addContainer(c *container) bool {
+// its containers. A machine is alone in its pod: while it is there no other container can be, nor it beside others.
+func (rt *Runtime) addContainer(c *container) error {
 	rt.mu.Lock()
 	defer rt.mu.Unlock()
 	if !c.pod.rec.Status().StoppedAt.IsZero() {
-		return false
+		return fmt.Errorf("sandbox %s was stopped meanwhile: %w", c.pod.id, errdefs.ErrFailedPrecondition)
+	}
+	for _, other := range rt.containers {
+		if other.pod != c.pod || !other.rec.Status().FinishedAt.IsZero() || !other.isMachine() && !c.isMachine() {
+			continue
+		}
+		return fmt.Errorf("a container whose image is a machine is the whole VM: %q cannot be beside %q; only init containers that have ended can be in its pod: %w",
+			c.config().GetMetadata().GetName(), other.config().GetMetadata().GetName(), errdefs.ErrFailedPrecondition)
 	}
 	rt.containers[c.id] = c
-	return true
+	return nil
 }
 
-// resolveImage finds the image as containerd's CRI knows it, and pins its root filesystem for the container.
-func (rt *Runtime) resolveImage(ctx context.Context, id, ref string, spec *containerSpec) (*image.Image, error) {
+// knownImage finds the image as containerd's CRI knows it.
+func (rt *Runtime) knownImage(ctx context.Context, ref string, spec *containerSpec) error {
 	resp, err := rt.imageService.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: ref}})
 	if err != nil {
-		return nil, errgrpc.ToNative(err)
+		return errgrpc.ToNative(err)
 	}
 	known := resp.GetImage()
 	if known == nil {
-		return nil, fmt.Errorf("image %q is not on this node; pull it first: %w", ref, errdefs.ErrNotFound)
-	}
-	img, err := rt.images.Ensure(ctx, known.GetId(), id)
-	if err != nil {
-		return nil, fmt.Errorf("image %q: %w", ref, err)
+		return fmt.Errorf("image %q is not on this node; pull it first: %w", ref, errdefs.ErrNotFound)
 	}
 	spec.ImageID, spec.ImageRef, spec.ImageName = known.GetId(), known.GetId(), ref
 	if tags := known.GetRepoTags(); len(tags) > 0 {
@@ -112,12 +114,31 @@ func (rt *Runtime) resolveImage(ctx context.Context, id, ref string, spec *conta
 	if digests := known.GetRepoDigests(); len(digests) > 0 {
 		spec.ImageRef = digests[0]
 	}
+	return nil
+}
+
+// decideContainer decides everything about an ordinary container, and pins its images.
+func (rt *Runtime) decideContainer(ctx context.Context, p *pod, id string, spec *containerSpec) error {
+	cfg := spec.Config.M
+	if err := ocispec.ValidateContainer(cfg, p.config()); err != nil {
+		return err
+	}
+	img, err := rt.images.Ensure(ctx, spec.ImageID, id)
+	if err != nil {
+		return fmt.Errorf("image %q: %w", cfg.GetImage().GetImage(), err)
+	}
 	spec.Disk = imageDisk{Serial: img.Serial, Path: img.RootFS}
 	spec.StopSignal = img.Config.Config.StopSignal
-	if s := spec.Config.M.GetStopSignal(); s != runtimeapi.Signal_SIGNAL_RUNTIME_DEFAULT {
+	if s := cfg.GetStopSignal(); s != runtimeapi.Signal_SIGNAL_RUNTIME_DEFAULT {
 		spec.StopSignal = signalName(s)
 	}
-	return img, nil
+	if spec.Mounts, err = resolveMounts(id, cfg); err != nil {
+		return err
+	}
+	if spec.Volumes, err = rt.resolveVolumes(ctx, id, cfg, spec.Mounts); err != nil {
+		return err
+	}
+	return buildOCI(p, id, img, spec)
 }
 
 // resolveVolumes pins the images of image volumes.

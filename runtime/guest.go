@@ -35,7 +35,9 @@ type guest struct {
 	pod  *pod
 	boot int
 	vm   *qemu.VM
-	log  *slog.Logger
+	// machine is what it has beside QEMU if it boots a disk; nil for a guest of ours.
+	machine *machineParts
+	log     *slog.Logger
 
 	mu      sync.Mutex
 	client  *agent.Client
@@ -52,10 +54,10 @@ type guest struct {
 }
 
 // newGuest begins to supervise a VM that runs.
-func newGuest(p *pod, boot int, vm *qemu.VM) *guest {
+func newGuest(p *pod, boot int, vm *qemu.VM, machine *machineParts) *guest {
 	ctx, cancel := context.WithCancel(p.rt.ctx)
 	g := &guest{
-		pod: p, boot: boot, vm: vm,
+		pod: p, boot: boot, vm: vm, machine: machine,
 		log:     p.log.With("boot", boot),
 		changed: make(chan struct{}),
 		ctx:     ctx,
@@ -69,7 +71,11 @@ func newGuest(p *pod, boot int, vm *qemu.VM) *guest {
 		case <-ctx.Done():
 		}
 	})
-	g.owned.Go(func() { g.supervise(ctx) })
+	if machine != nil {
+		g.owned.Go(func() { g.keepAgent(ctx) })
+	} else {
+		g.owned.Go(func() { g.supervise(ctx) })
+	}
 	return g
 }
 
@@ -79,10 +85,14 @@ func (g *guest) Close() error {
 	g.owned.Wait()
 	g.plug.Lock()
 	defer g.plug.Unlock()
+	errs := []error{g.vm.Close()}
 	if g.share != nil {
-		return errors.Join(g.vm.Close(), g.share.Close())
+		errs = append(errs, g.share.Close())
 	}
-	return g.vm.Close()
+	if g.machine != nil {
+		errs = append(errs, g.machine.close())
+	}
+	return errors.Join(errs...)
 }
 
 // supervise keeps a session with the agent until the VM ends or the daemon does.

@@ -19,6 +19,9 @@ type guestImage struct {
 	KernelRelease string `json:"kernelRelease"`
 }
 
+// agentDir holds the agent as a program, for machines that ask for it.
+func (g *guestImage) agentDir() string { return filepath.Join(g.dir, "agent") }
+
 func loadGuestImage(dir string) (*guestImage, error) {
 	path := filepath.Join(dir, "manifest.json")
 	b, err := os.ReadFile(path)

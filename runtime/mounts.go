@@ -30,6 +30,8 @@ type resolvedMount struct {
 	Via       string `json:"via"`
 	HostPath  string `json:"hostPath,omitempty"`
 	GuestPath string `json:"guestPath"`
+	// ContainerPath is where a machine's guest mounts it.
+	ContainerPath string `json:"containerPath,omitempty"`
 	// Name is the entry below /run/vm/shares, files or images.
 	Name     string `json:"name"`
 	ReadOnly bool   `json:"readOnly,omitempty"`

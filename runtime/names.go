@@ -4,7 +4,9 @@ import (
 	"crypto/rand"
 	"encoding/hex"
 	"os"
+	"strings"
 
+	"github.com/google/uuid"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/vmruntime/vmruntime/agent/agentpb"
@@ -23,6 +25,14 @@ func uuidOf(id string) string {
 	return id[0:8] + "-" + id[8:12] + "-8" + id[13:16] + "-8" + id[17:20] + "-" + id[20:32]
 }
 
+// machineUUID is a machine's SMBIOS UUID: the pod's own, so that it stays over sandboxes of one pod.
+func machineUUID(podUID, podID string) string {
+	if u, err := uuid.Parse(podUID); err == nil {
+		return u.String()
+	}
+	return uuidOf(podID)
+}
+
 // resolvConf is what the pod's resolv.conf says: what the kubelet asks, or the node's own.
 func (p *pod) resolvConf() (string, error) {
 	dns := p.config().GetDnsConfig()
@@ -34,6 +44,26 @@ func (p *pod) resolvConf() (string, error) {
 		return "", nil
 	}
 	return string(b), err
+}
+
+// resolver are the name servers and search domains that resolv.conf names.
+func (p *pod) resolver() (servers, searches []string, err error) {
+	dns := p.config().GetDnsConfig()
+	if len(dns.GetServers())+len(dns.GetSearches())+len(dns.GetOptions()) > 0 {
+		return dns.GetServers(), dns.GetSearches(), nil
+	}
+	text, err := p.resolvConf()
+	for line := range strings.Lines(text) {
+		fields := strings.Fields(line)
+		switch {
+		case len(fields) < 2:
+		case fields[0] == "nameserver":
+			servers = append(servers, fields[1])
+		case fields[0] == "search":
+			searches = fields[1:]
+		}
+	}
+	return servers, searches, err
 }
 
 // hosts is the /etc/hosts of containers that are not given one by the kubelet.

@@ -145,10 +145,25 @@ func (p *pod) networkRequest() network.Request {
 	return req
 }
 
-// boot starts a guest in the sandbox. The caller holds life.
+// boot starts a guest of ours in the sandbox. The caller holds life.
 func (p *pod) boot(ctx context.Context) (*guest, error) {
-	s := p.rec.Status()
-	taps, err := p.rt.net.OpenTaps(s.Network)
+	// Our guest is told its addresses by its agent. A machine before it may have left its guards.
+	if err := p.rt.net.Unguard(p.rec.Status().Network); err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(p.runDir(), 0o711); err != nil {
+		return nil, err
+	}
+	machine, err := p.machine(ctx, p.rec.Status())
+	if err != nil {
+		return nil, err
+	}
+	return p.launch(ctx, machine, nil)
+}
+
+// launch runs QEMU; parts are what stands beside it, nil for a guest of ours. On error they stay the caller's. The caller holds life.
+func (p *pod) launch(ctx context.Context, machine qemu.Machine, parts *machineParts) (*guest, error) {
+	taps, err := p.rt.net.OpenTaps(p.rec.Status().Network)
 	if err != nil {
 		return nil, fmt.Errorf("open the taps: %w", err)
 	}
@@ -157,13 +172,6 @@ func (p *pod) boot(ctx context.Context) (*guest, error) {
 			_ = t.Close()
 		}
 	}()
-	if err := os.MkdirAll(p.runDir(), 0o711); err != nil {
-		return nil, err
-	}
-	machine, err := p.machine(ctx, s)
-	if err != nil {
-		return nil, err
-	}
 	vm, err := qemu.Start(ctx, qemu.Spec{
 		Machine:  machine,
 		Binary:   p.rt.cfg.QEMU.Binary,
@@ -177,15 +185,19 @@ func (p *pod) boot(ctx context.Context) (*guest, error) {
 	if err != nil {
 		return nil, fmt.Errorf("start QEMU: %w", err)
 	}
-	record := vm.Record()
-	boot := s.Guest.Boot + 1
+	qemuRecord := vm.Record()
+	record := guestRecord{Boot: p.rec.Status().Guest.Boot + 1, QEMU: &qemuRecord}
+	parts.record(&record)
 	if err := p.update(func(s *podStatus) error {
-		s.Guest = guestRecord{Boot: boot, QEMU: &record}
+		s.Guest = record
 		return nil
 	}); err != nil {
 		return nil, errors.Join(err, p.killVM(vm))
 	}
-	g := newGuest(p, boot, vm)
+	g := newGuest(p, record.Boot, vm, parts)
+	if share := parts.handOver(); share != nil {
+		g.followShare(share)
+	}
 	p.setGuest(g)
 	return g, nil
 }
@@ -209,9 +221,7 @@ func (p *pod) machine(ctx context.Context, s podStatus) (qemu.Machine, error) {
 	m.VCPUs = spec.VCPUs
 	m.MemoryBytes = spec.MemoryBytes
 	m.Disks = []qemu.Disk{{Serial: scratchSerial, Path: p.scratch, Format: "raw"}}
-	for i, nic := range s.Network.Interfaces {
-		m.NICs = append(m.NICs, qemu.NIC{ID: fmt.Sprintf("net%d", i), MAC: nic.MAC, MTU: nic.MTU})
-	}
+	m.NICs = nics(s.Network)
 	return m, nil
 }
 
@@ -223,7 +233,7 @@ func (p *pod) runningGuest(ctx context.Context) (*guest, error) {
 	p.life.Lock()
 	defer p.life.Unlock()
 	g := p.currentGuest()
-	if g != nil && g.alive() {
+	if g != nil && g.machine == nil && g.alive() {
 		return g, nil
 	}
 	if p.state() != runtimeapi.PodSandboxState_SANDBOX_READY {

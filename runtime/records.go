@@ -51,6 +51,9 @@ type guestRecord struct {
 	Boot  int               `json:"boot"`
 	QEMU  *qemu.Record      `json:"qemu,omitempty"`
 	Share *qemu.ShareRecord `json:"share,omitempty"`
+	TPM   *qemu.TPMRecord   `json:"tpm,omitempty"`
+	// Machine is the ID of the container that the guest is, if it boots a disk.
+	Machine string `json:"machine,omitempty"`
 	// Disks are the serials of the image disks that are plugged in.
 	Disks []string `json:"disks,omitempty"`
 }
@@ -72,6 +75,8 @@ type containerSpec struct {
 	// StopSignal is what the image or the pod asks to be stopped with.
 	StopSignal string `json:"stopSignal,omitempty"`
 	LogPath    string `json:"logPath,omitempty"`
+	// Machine is there if the container is a whole machine; then it has neither Disk nor OCI.
+	Machine *machineSpec `json:"machine,omitempty"`
 }
 
 // imageDisk is a read-only EROFS file and the serial by which the guest finds it.

@@ -146,10 +146,17 @@ func (rt *Runtime) recoverPod(ctx context.Context, p *pod) error {
 		// virtiofsd, or a QEMU that was started just before it could be recorded.
 		return errors.Join(killed, p.cgroup().Kill(ctx))
 	}
-	g := newGuest(p, s.Guest.Boot, vm)
+	var parts *machineParts
+	if s.Guest.Machine != "" {
+		parts = &machineParts{container: s.Guest.Machine}
+	}
+	g := newGuest(p, s.Guest.Boot, vm, parts)
 	p.setGuest(g)
 	if err := g.recoverShare(ctx, s.Guest.Share); err != nil {
 		p.log.Error("taking up virtiofsd", "error", err)
+	}
+	if parts != nil {
+		return rt.recoverMachine(ctx, p, g, s.Guest)
 	}
 	return rt.recoverContainers(ctx, p, g)
 }
@@ -168,8 +175,7 @@ func (rt *Runtime) recoverContainers(ctx context.Context, p *pod, g *guest) erro
 				if s.GetExecId() == "" {
 					states[s.GetContainerId()] = s
 				} else {
-					c := &container{rt: rt, pod: p, id: s.GetContainerId(), log: p.log}
-					c.removeExec(g, &agentpb.ProcessRef{ContainerId: s.GetContainerId(), ExecId: s.GetExecId()})
+					g.removeExec(&agentpb.ProcessRef{ContainerId: s.GetContainerId(), ExecId: s.GetExecId()})
 				}
 			}
 		}
@@ -220,6 +226,9 @@ func (rt *Runtime) endContainers(p *pod, cause error) {
 		if !c.rec.Status().running() {
 			continue
 		}
+		if c.isMachine() {
+			c.drainConsole()
+		}
 		end := endOfGuest(cause)
 		if p.networkLost {
 			end.reason = reasonNodeReboot
@@ -257,6 +266,17 @@ func (rt *Runtime) sweep(ctx context.Context, broken []string) {
 	live := make(map[string]bool)
 	for id := range rt.containers {
 		live[id] = true
+	}
+	machines, err := rt.images.Machines()
+	if err != nil {
+		rt.log.Warn("looking for orphans", "error", err)
+	}
+	for _, id := range machines {
+		if !live[id] {
+			if err := rt.images.RemoveMachine(id); err != nil {
+				rt.log.Error("sweeping an orphan", "container", id, "error", err)
+			}
+		}
 	}
 	if err := rt.images.Prune(ctx, live); err != nil {
 		rt.log.Warn("sweeping unused images", "error", err)

@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"os"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -50,7 +51,9 @@ type Runtime struct {
 	mu         sync.RWMutex
 	pods       map[string]*pod
 	containers map[string]*container
-	takenUIDs  map[uint32]bool // of pods whose record is being written
+	// secret is what the keys of machines derive from.
+	secret    []byte
+	takenUIDs map[uint32]bool // of pods whose record is being written
 
 	// ctx ends when the daemon stops; owned are the goroutines that end with it.
 	ctx    context.Context
@@ -87,6 +90,12 @@ func New(cfg Config, d Dependencies) (*Runtime, error) {
 		pods:           make(map[string]*pod),
 		containers:     make(map[string]*container),
 		takenUIDs:      make(map[uint32]bool),
+	}
+	if err := os.MkdirAll(cfg.Server.Root, 0o700); err != nil {
+		return nil, err
+	}
+	if rt.secret, err = loadSecret(cfg.Server.Root); err != nil {
+		return nil, err
 	}
 	if rt.images, err = image.New(image.Options{
 		Root: filepath.Join(cfg.Server.Root, "images"), Client: d.Containerd, Namespace: CRINamespace, Logger: d.Logger,

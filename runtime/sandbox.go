@@ -10,6 +10,7 @@ import (
 	"github.com/containerd/errdefs"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/vmruntime/vmruntime/runtime/annotation"
 	"github.com/vmruntime/vmruntime/runtime/ocispec"
 )
 
@@ -17,6 +18,9 @@ import (
 func (rt *Runtime) RunPodSandbox(ctx context.Context, req *runtimeapi.RunPodSandboxRequest) (*runtimeapi.RunPodSandboxResponse, error) {
 	cfg := req.GetConfig()
 	if err := ocispec.ValidateSandbox(cfg); err != nil {
+		return nil, err
+	}
+	if _, err := annotation.Parse(cfg.GetAnnotations()); err != nil {
 		return nil, err
 	}
 	id := newID()
@@ -123,7 +127,7 @@ func (rt *Runtime) stopPod(ctx context.Context, p *pod) error {
 	}
 	p.life.Lock()
 	defer p.life.Unlock()
-	if g := p.currentGuest(); g != nil && g.alive() {
+	if g := p.currentGuest(); g != nil && g.machine == nil && g.alive() {
 		g.shutdown(ctx)
 	}
 	if err := p.teardown(ctx); err != nil {

@@ -41,7 +41,7 @@ func (s *cpuSample) nanoCores(usage uint64, at time.Time) uint64 {
 // guestStats asks a pod's guest; a guest that does not run has none.
 func (p *pod) guestStats(ctx context.Context) *agentpb.StatsResponse {
 	g := p.currentGuest()
-	if g == nil || !g.alive() {
+	if g == nil || !g.alive() || g.machine != nil {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, statsTimeout)
@@ -64,7 +64,7 @@ func (rt *Runtime) ContainerStats(ctx context.Context, req *runtimeapi.Container
 	if err != nil {
 		return nil, err
 	}
-	return &runtimeapi.ContainerStatsResponse{Stats: c.stats(c.pod.guestStats(ctx))}, nil
+	return &runtimeapi.ContainerStatsResponse{Stats: c.stats(ctx, c.pod.guestStats(ctx))}, nil
 }
 
 // ListContainerStats reports what the containers that the filter lets through use. Guests are asked side by side.
@@ -84,7 +84,7 @@ func (rt *Runtime) ListContainerStats(ctx context.Context, req *runtimeapi.ListC
 	resp := &runtimeapi.ListContainerStatsResponse{}
 	for p, guest := range askAll(ctx, selected) {
 		for _, c := range selected[p] {
-			resp.Stats = append(resp.Stats, c.stats(guest))
+			resp.Stats = append(resp.Stats, c.stats(ctx, guest))
 		}
 	}
 	return resp, nil
@@ -107,11 +107,15 @@ func askAll[V any](ctx context.Context, pods map[*pod]V) map[*pod]*agentpb.Stats
 }
 
 // stats are the container's numbers out of its guest's answer.
-func (c *container) stats(guest *agentpb.StatsResponse) *runtimeapi.ContainerStats {
+func (c *container) stats(ctx context.Context, guest *agentpb.StatsResponse) *runtimeapi.ContainerStats {
 	cfg := c.config()
 	out := &runtimeapi.ContainerStats{Attributes: &runtimeapi.ContainerAttributes{
 		Id: c.id, Metadata: cfg.GetMetadata(), Labels: cfg.GetLabels(), Annotations: cfg.GetAnnotations(),
 	}}
+	if c.isMachine() {
+		c.machineStats(ctx, out)
+		return out
+	}
 	for _, s := range guest.GetContainers() {
 		if s.GetId() != c.id {
 			continue
@@ -177,7 +181,7 @@ func (rt *Runtime) PodSandboxStats(ctx context.Context, req *runtimeapi.PodSandb
 	if err != nil {
 		return nil, err
 	}
-	return &runtimeapi.PodSandboxStatsResponse{Stats: p.stats(p.guestStats(ctx))}, nil
+	return &runtimeapi.PodSandboxStatsResponse{Stats: p.stats(ctx, p.guestStats(ctx))}, nil
 }
 
 // ListPodSandboxStats reports the pods that the filter lets through and that have not been stopped.
@@ -195,12 +199,12 @@ func (rt *Runtime) ListPodSandboxStats(ctx context.Context, req *runtimeapi.List
 	}
 	resp := &runtimeapi.ListPodSandboxStatsResponse{}
 	for p, guest := range askAll(ctx, selected) {
-		resp.Stats = append(resp.Stats, p.stats(guest))
+		resp.Stats = append(resp.Stats, p.stats(ctx, guest))
 	}
 	return resp, nil
 }
 
-func (p *pod) stats(guest *agentpb.StatsResponse) *runtimeapi.PodSandboxStats {
+func (p *pod) stats(ctx context.Context, guest *agentpb.StatsResponse) *runtimeapi.PodSandboxStats {
 	cfg, now := p.config(), time.Now()
 	linux := &runtimeapi.LinuxPodSandboxStats{Network: p.networkUsage(now)}
 	if host, err := p.cgroup().Stats(); err == nil {
@@ -224,7 +228,7 @@ func (p *pod) stats(guest *agentpb.StatsResponse) *runtimeapi.PodSandboxStats {
 	}
 	for _, c := range p.rt.containersOf(p.id) {
 		if c.rec.Status().running() {
-			linux.Containers = append(linux.Containers, c.stats(guest))
+			linux.Containers = append(linux.Containers, c.stats(ctx, guest))
 		}
 	}
 	return &runtimeapi.PodSandboxStats{

@@ -70,8 +70,15 @@ func (p *pod) verbose() (map[string]string, error) {
 	return infoOf("info", map[string]any{"uid": spec.UID, "vcpus": spec.VCPUs, "memoryBytes": spec.MemoryBytes, "guest": s.Guest, "network": s.Network})
 }
 
-func (c *container) verbose() (map[string]string, error) {
+func (c *container) verbose(ctx context.Context) (map[string]string, error) {
 	spec, s := c.rec.Spec(), c.rec.Status()
+	if c.isMachine() {
+		info := map[string]any{"sandboxID": c.pod.id, "machine": spec.Machine, "mounts": spec.Mounts, "boot": s.Boot}
+		if g := c.machineGuest(); g != nil && g.alive() {
+			info["vm"] = g.machineInfo(ctx)
+		}
+		return infoOf("info", info)
+	}
 	info := map[string]any{"sandboxID": c.pod.id, "runtimeSpec": spec.OCI, "mounts": spec.Mounts, "disk": spec.Disk, "boot": s.Boot}
 	return infoOf("info", info)
 }

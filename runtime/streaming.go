@@ -39,6 +39,9 @@ func (c *container) exec(ctx context.Context, cmd []string, streams execIO) (int
 	if len(cmd) == 0 {
 		return 0, fmt.Errorf("cmd is empty; it must name a program: %w", errdefs.ErrInvalidArgument)
 	}
+	if c.isMachine() {
+		return c.machineExec(ctx, cmd, streams)
+	}
 	g, client, err := c.runningIn(ctx)
 	if err != nil {
 		return 0, err
@@ -49,7 +52,7 @@ func (c *container) exec(ctx context.Context, cmd []string, streams execIO) (int
 	}
 	ref := &agentpb.ProcessRef{ContainerId: c.id, ExecId: newID()[:16]}
 	// Not waited for: the answer need not wait until the guest has forgotten the command.
-	defer g.owned.Go(func() { c.removeExec(g, ref) })
+	defer g.owned.Go(func() { g.removeExec(ref) })
 	_, err = client.Exec(ctx, &agentpb.ExecRequest{
 		ContainerId: c.id, ExecId: ref.GetExecId(), Process: process, Stdin: streams.stdin != nil,
 	})
@@ -71,7 +74,7 @@ func execProcess(oci *specs.Spec, cmd []string, tty bool) *specs.Process {
 	return &p
 }
 
-func (c *container) removeExec(g *guest, ref *agentpb.ProcessRef) {
+func (g *guest) removeExec(ref *agentpb.ProcessRef) {
 	ctx, cancel := context.WithTimeout(context.Background(), killTimeout)
 	defer cancel()
 	client, err := g.session(ctx)
@@ -79,7 +82,7 @@ func (c *container) removeExec(g *guest, ref *agentpb.ProcessRef) {
 		_, err = client.RemoveExec(ctx, ref)
 	}
 	if err != nil {
-		c.log.Debug("removing an exec from the guest", "error", err)
+		g.log.Debug("removing an exec from the guest", "error", err)
 	}
 }
 
@@ -301,6 +304,13 @@ func (s streams) Attach(ctx context.Context, id string, in io.Reader, out, errs 
 	if err != nil {
 		return err
 	}
+	if c.isMachine() {
+		var screen io.Writer
+		if out != nil {
+			screen = out
+		}
+		return c.attachConsole(ctx, in, screen)
+	}
 	g, _, err := c.runningIn(ctx)
 	if err != nil {
 		return err
@@ -349,7 +359,11 @@ func (s streams) PortForward(ctx context.Context, id string, port int32, stream 
 	if g == nil {
 		return fmt.Errorf("sandbox %s has no guest: %w", id, errdefs.ErrFailedPrecondition)
 	}
-	conn, err := g.dial(ctx, port)
+	dial := g.dial
+	if g.machine != nil {
+		dial = g.dialMachine
+	}
+	conn, err := dial(ctx, port)
 	if err != nil {
 		return err
 	}

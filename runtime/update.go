@@ -25,6 +25,9 @@ func (rt *Runtime) UpdateContainerResources(ctx context.Context, req *runtimeapi
 	if !s.FinishedAt.IsZero() {
 		return nil, fmt.Errorf("container %s has exited; its resources cannot change: %w", c.id, errdefs.ErrFailedPrecondition)
 	}
+	if c.isMachine() {
+		return nil, fmt.Errorf("container %s is a machine, which keeps its size while it runs; change the pod's resources and let it start anew: %w", c.id, errdefs.ErrNotImplemented)
+	}
 	limits := c.resources()
 	if len(req.GetLinux().GetHugepageLimits()) > 0 {
 		limits.HugepageLimits = nil // Merge would append

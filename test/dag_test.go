@@ -31,7 +31,7 @@ func rules() []rule {
 			"runtime",
 			[]string{
 				"qemu", "image", "network", "agent", "agent/agentpb",
-				"runtime/state", "runtime/ocispec", "runtime/crilog", "runtime/cgroup", "runtime/delegate", "runtime/annotation", "image/seed",
+				"runtime/state", "runtime/ocispec", "runtime/crilog", "runtime/cgroup", "runtime/delegate", "runtime/annotation", "image/seed", "agent/qga", "agent/sshexec",
 			},
 			"only runtime composes the leaves; delegate's interface is what it implements",
 		},

@@ -70,6 +70,17 @@ func validateNamespaces(ns *runtimeapi.NamespaceOption) []error {
 	return errs
 }
 
+// ValidateNames says whether a container has a name and an image. The error is ErrInvalidArgument.
+func ValidateNames(cfg *runtimeapi.ContainerConfig) error {
+	if cfg.GetMetadata().GetName() == "" {
+		return invalid("metadata.name of the container is empty; it must be the container's name")
+	}
+	if cfg.GetImage().GetImage() == "" {
+		return invalid("image.image is empty; it must name an image")
+	}
+	return nil
+}
+
 // ValidateContainer says everything that a container of a VM pod cannot be. The error is ErrInvalidArgument.
 func ValidateContainer(cfg *runtimeapi.ContainerConfig, sandbox *runtimeapi.PodSandboxConfig) error {
 	if cfg.GetMetadata().GetName() == "" {
