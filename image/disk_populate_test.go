@@ -90,12 +90,6 @@ func makeDisk(t *testing.T) (raw, qcow string) {
 // device makes a block device of size bytes, with something between its ends.
 func device(t *testing.T, size int64) string {
 	t.Helper()
-	if testing.Short() {
-		t.Skip("needs root and a loop device: run by make test")
-	}
-	if os.Geteuid() != 0 {
-		t.Skip("needs root: loop devices")
-	}
 	path := filepath.Join(t.TempDir(), "device")
 	f, err := os.Create(path)
 	if err != nil {
@@ -153,6 +147,7 @@ func readFile(t *testing.T, path string) []byte {
 }
 
 func TestPopulate(t *testing.T) {
+	needsRoot(t)
 	raw, qcow := makeDisk(t)
 	want := readFile(t, raw)
 	for _, disk := range []string{raw, qcow} {
@@ -196,6 +191,7 @@ func TestPopulate(t *testing.T) {
 
 // TestPopulateIsKilled: killed after every step, a device is either populated anew or whole.
 func TestPopulateIsKilled(t *testing.T) {
+	needsRoot(t)
 	raw, qcow := makeDisk(t)
 	want := readFile(t, raw)
 	s := localStore(t)
@@ -230,6 +226,7 @@ func TestPopulateIsKilled(t *testing.T) {
 }
 
 func TestPopulateLeavesWhatIsNotItsOwn(t *testing.T) {
+	needsRoot(t)
 	raw, _ := makeDisk(t)
 	s := localStore(t)
 	for name, off := range map[string]int64{"a label": 1080, "at 3 MiB": 3 << 20, "at the end": 64<<20 - 1} {
@@ -253,6 +250,7 @@ func TestPopulateLeavesWhatIsNotItsOwn(t *testing.T) {
 }
 
 func TestPopulateRefuses(t *testing.T) {
+	needsRoot(t)
 	raw, _ := makeDisk(t)
 	s := localStore(t)
 	small, dev := device(t, 20<<20), device(t, 64<<20)

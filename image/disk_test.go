@@ -2,12 +2,15 @@ package image
 
 import (
 	"archive/tar"
+	"bufio"
 	"bytes"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -425,4 +428,60 @@ func TestFileInImage(t *testing.T) {
 	if there(filepath.Join(s.dirs.viewers(), "c2")) {
 		t.Error("a failed File left its owner")
 	}
+}
+
+// TestCrashWhileFindingDisk kills a process ever later while it finds a disk.
+func TestCrashWhileFindingDisk(t *testing.T) {
+	n := startContainerd(t)
+	data := emptyDisk(t, 1<<20)
+	n.load(diskRef, diskImage(t, files(t, "disk/a.qcow2", data), files(t, "b", "x")), "overlayfs")
+	root := filepath.Join(n.dir, "store")
+	step := 0
+	for found := false; !found; step++ {
+		child := exec.Command(os.Args[0])
+		child.Env = append(os.Environ(), crashEnv+"="+n.address()+" "+root+" disk")
+		out, err := child.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := child.Start(); err != nil {
+			t.Fatal(err)
+		}
+		if line, err := bufio.NewReader(out).ReadString('\n'); line != "ready\n" {
+			t.Fatalf("child says %q, %v", line, err)
+		}
+		kill := time.AfterFunc(time.Duration(step)*2*time.Millisecond, func() { child.Process.Kill() })
+		found = child.Wait() == nil
+		kill.Stop()
+
+		s := n.store()
+		if step%2 == 0 { // the owner is alive: it goes on
+			if err := s.Prune(t.Context(), map[string]bool{"c1": true}); err != nil {
+				t.Fatalf("step %d: %v", step, err)
+			}
+			if got, err := os.ReadFile(findDisk(t, s, diskRef, "c1").Path); err != nil || string(got) != data {
+				t.Fatalf("step %d: %d bytes, %v", step, len(got), err)
+			}
+			if err := s.Release(t.Context(), "c1"); err != nil {
+				t.Fatalf("step %d: %v", step, err)
+			}
+		} else if err := s.Prune(t.Context(), nil); err != nil {
+			t.Fatalf("step %d: %v", step, err)
+		}
+		n.collectGarbage()
+		mustBeEmpty(t, s.dirs.views())
+		mustBeEmpty(t, s.dirs.viewers())
+		mustBeEmpty(t, s.dirs.tmp())
+		if got := n.snapshots(); got != 2 || len(n.leases()) != 0 {
+			t.Fatalf("step %d: %d snapshots, want the image's 2; leases %v", step, got, n.leases())
+		}
+		s.Close()
+		if err := os.RemoveAll(s.dirs.disks()); err != nil { // so that the next one has to look again
+			t.Fatal(err)
+		}
+	}
+	if step < 3 {
+		t.Errorf("killed %d times only", step-1)
+	}
+	t.Logf("killed %d times", step-1)
 }

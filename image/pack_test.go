@@ -30,7 +30,7 @@ func needsRoot(t *testing.T) {
 		t.Skip("needs root: run by make test")
 	}
 	if os.Geteuid() != 0 {
-		t.Skip("needs root: qemu-img is confined")
+		t.Skip("needs root: for loop devices, and to confine qemu-img")
 	}
 }
 

@@ -412,21 +412,26 @@ func TestTooLargeImage(t *testing.T) {
 	}
 }
 
-const crashEnv = "VMRUNTIME_IMAGE_TEST_CRASH" // address of containerd, root of the store
+const crashEnv = "VMRUNTIME_IMAGE_TEST_CRASH" // address of containerd, root of the store, "disk" to find one
 
-// crashMain builds an image in a process that is to be killed.
+// crashMain builds an image, or finds a disk, in a process that is to be killed.
 func crashMain() int {
-	address, root, _ := strings.Cut(os.Getenv(crashEnv), " ")
-	client, err := containerd.New(address)
+	args := append(strings.Fields(os.Getenv(crashEnv)), "")
+	client, err := containerd.New(args[0])
 	if err != nil {
 		return 1
 	}
-	s, err := New(Options{Root: root, Client: client, Logger: slog.New(slog.DiscardHandler)})
+	s, err := New(Options{Root: args[1], Client: client, Logger: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		return 1
 	}
 	fmt.Println("ready")
-	if _, err := s.Ensure(context.Background(), testRef, "c1"); err != nil {
+	if args[2] == "disk" {
+		_, err = s.FindDisk(context.Background(), diskRef, "c1")
+	} else {
+		_, err = s.Ensure(context.Background(), testRef, "c1")
+	}
+	if err != nil {
 		fmt.Println(err)
 	}
 	return 0

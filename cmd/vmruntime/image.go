@@ -100,6 +100,9 @@ func importDisk(ctx context.Context, flags *imageFlags, output string, o image.P
 	if output != "" {
 		return image.WriteArchive(ctx, output, o)
 	}
+	if _, err := os.Stat(o.Disk); err != nil { // before waiting for containerd
+		return nil, err
+	}
 	client, err := flags.dial()
 	if err != nil {
 		return nil, err
