@@ -23,6 +23,7 @@ type disk struct {
 	name     string
 	suffix   string                               // of the file: ".qcow2", ".raw" or, for a directory, ""
 	packages []string                             // whose versions decide the content
+	sources  []string                             // of this package, and directories of them
 	make     func(d *diskBuild, out string) error // writes out
 }
 
@@ -31,6 +32,7 @@ const (
 	TinyDisk    = "tiny"        // qcow2 of a small system that boots fast, see tiny/init
 	TinyRaw     = "tiny-raw"    // the same, raw
 	TinyKernel  = "tiny-kernel" // a directory with its kernel (vmlinuz) and initramfs (initrd)
+	DebianRoot  = "debian-root" // tar archive of Debian 12's files, from packages
 	DebianDisk  = "debian"      // qcow2 of Debian 12 as a cloud image has it
 	BackingDisk = "backing"     // qcow2 whose header names a backing file
 )
@@ -45,12 +47,17 @@ func DiskNames() []string {
 }
 
 func disks() []disk {
+	tiny := []string{"disk_layout.go", "disk_tiny.go", "tiny"}
 	return []disk{
-		{name: TinyKernel, packages: tinyPackages(), make: makeTinyKernel},
-		{name: TinyRaw, suffix: ".raw", packages: append(tinyPackages(), bootPackages()...), make: makeTinyRaw},
-		{name: TinyDisk, suffix: ".qcow2", packages: append(tinyPackages(), bootPackages()...), make: makeTinyDisk},
-		{name: DebianDisk, suffix: ".qcow2", packages: append(debianPackages(), bootPackages()...), make: makeDebianDisk},
-		{name: BackingDisk, suffix: ".qcow2", make: makeBackingDisk},
+		{name: TinyKernel, packages: tinyPackages(), sources: tiny, make: makeTinyKernel},
+		{name: TinyRaw, suffix: ".raw", packages: append(tinyPackages(), bootPackages()...), sources: tiny, make: makeTinyRaw},
+		{name: TinyDisk, suffix: ".qcow2", packages: append(tinyPackages(), bootPackages()...), sources: tiny, make: makeTinyDisk},
+		{name: DebianRoot, suffix: ".tar", packages: debianPackages(), sources: []string{"disk_bootstrap.go"}, make: makeDebianRoot},
+		{
+			name: DebianDisk, suffix: ".qcow2", packages: append(debianPackages(), bootPackages()...),
+			sources: []string{"disk_bootstrap.go", "disk_layout.go", "disk_debian.go"}, make: makeDebianDisk,
+		},
+		{name: BackingDisk, suffix: ".qcow2", sources: tiny, make: makeBackingDisk},
 	}
 }
 
@@ -128,22 +135,24 @@ func (d disk) removeOlder(dir, path string) error {
 
 // sources decide what a disk is made like.
 //
-//go:embed disk*.go tiny
+//go:embed disk_bootstrap.go disk_layout.go disk_tiny.go disk_debian.go tiny
 var sources embed.FS
 
 // key hashes what decides the disk's content.
 func (d disk) key() (string, error) {
 	h := sha256.New()
-	err := fs.WalkDir(sources, ".", func(name string, entry fs.DirEntry, err error) error {
-		if err != nil || entry.IsDir() || strings.HasPrefix(name, "disk_image") || strings.HasSuffix(name, "_test.go") {
+	for _, source := range d.sources {
+		err := fs.WalkDir(sources, source, func(name string, entry fs.DirEntry, err error) error {
+			if err != nil || entry.IsDir() {
+				return err
+			}
+			data, err := sources.ReadFile(name)
+			fmt.Fprintf(h, "%s %d\n%s", name, len(data), data)
 			return err
+		})
+		if err != nil {
+			return "", err
 		}
-		data, err := sources.ReadFile(name)
-		fmt.Fprintf(h, "%s %d\n%s", name, len(data), data)
-		return err
-	})
-	if err != nil {
-		return "", err
 	}
 	versions, err := packageVersions(d.packages)
 	if err != nil {

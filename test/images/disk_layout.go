@@ -39,6 +39,7 @@ func bootPackages() []string {
 type bootDisk struct {
 	root    string            // a directory with the files of the root, owners and all
 	label   string            // of the root's file system
+	uuid    string            // of the root's file system; "" for any
 	rootMiB int64             // size of the root partition
 	efi     map[string][]byte // files of the EFI system partition besides GRUB
 	efiMiB  int64
@@ -84,7 +85,11 @@ func (b *diskBuild) rootFileSystem(disk bootDisk, image string) error {
 	if err := createSparse(image, disk.rootMiB*mib); err != nil {
 		return err
 	}
-	return b.run("", "mke2fs", "-q", "-t", "ext4", "-L", disk.label, "-d", disk.root, image)
+	args := []string{"-q", "-t", "ext4", "-L", disk.label, "-d", disk.root}
+	if disk.uuid != "" {
+		args = append(args, "-U", disk.uuid)
+	}
+	return b.run("", "mke2fs", append(args, image)...)
 }
 
 // efiFileSystem makes a FAT with shim, GRUB and its configuration. The signed GRUB looks for it in EFI/debian.
@@ -142,7 +147,7 @@ func (b *diskBuild) installBIOS(out string) error {
 	const dir = "/usr/lib/grub/i386-pc"
 	core := b.path("core.img")
 	if err := b.run("", "grub-mkimage", "-O", "i386-pc", "-d", dir, "-o", core, "-p", fmt.Sprintf("(,gpt%d)/EFI/debian", efiPartition),
-		"biosdisk", "part_gpt", "fat", "ext2", "normal", "linux", "search", "search_label", "configfile", "echo", "test"); err != nil {
+		"biosdisk", "part_gpt", "fat", "ext2", "normal", "linux", "search", "search_fs_uuid", "configfile", "echo", "test"); err != nil {
 		return err
 	}
 	boot, err := os.ReadFile(filepath.Join(dir, "boot.img"))

@@ -1,10 +1,13 @@
 package images
 
 import (
+	"bufio"
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -215,6 +218,147 @@ func TestTinyBoots(t *testing.T) {
 			if _, err := fmt.Fprintln(g.in, "poweroff"); err != nil {
 				t.Fatal(err)
 			}
+			g.end()
+		})
+	}
+}
+
+// monitor speaks to QEMU over QMP.
+type monitor struct {
+	t    *testing.T
+	conn net.Conn
+	from *bufio.Scanner
+}
+
+func dialMonitor(t *testing.T, socket string) *monitor {
+	t.Helper()
+	conn, err := net.Dial("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	if err := conn.SetDeadline(time.Now().Add(5 * time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	m := &monitor{t: t, conn: conn, from: bufio.NewScanner(conn)}
+	m.until("QMP")
+	m.command("qmp_capabilities")
+	return m
+}
+
+func (m *monitor) command(name string) {
+	m.t.Helper()
+	if _, err := fmt.Fprintf(m.conn, "{\"execute\": %q}\n", name); err != nil {
+		m.t.Fatal(err)
+	}
+	m.until("\"return\"")
+}
+
+// until reads lines up to one with the text.
+func (m *monitor) until(text string) {
+	m.t.Helper()
+	for m.from.Scan() {
+		if strings.Contains(m.from.Text(), text) {
+			return
+		}
+	}
+	m.t.Fatalf("QEMU says nothing of %q: %v", text, m.from.Err())
+}
+
+// seedDisk is a disk from which cloud-init, and the tiny system, take a script or configuration.
+func seedDisk(t *testing.T, userData string) string {
+	t.Helper()
+	dir := t.TempDir()
+	for name, data := range map[string]string{"meta-data": "instance-id: i-1\nlocal-hostname: proof\n", "user-data": userData} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(data), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	b := &diskBuild{dir: dir}
+	image := b.path("seed.img")
+	if err := errors.Join(createSparse(image, mib), b.run("", "mkfs.vfat", "-n", "CIDATA", image),
+		b.run("", "mcopy", "-i", image, b.path("meta-data"), b.path("user-data"), "::")); err != nil {
+		t.Fatal(err)
+	}
+	return image
+}
+
+func drive(id, file, format string) []string {
+	return []string{"-drive", fmt.Sprintf("if=none,id=%s,format=%s,file=%s", id, format, file), "-device", fmt.Sprintf("virtio-blk-pci,drive=%s,serial=%s", id, id)}
+}
+
+// What the tests of machines ask of the tiny system, with QEMU's own network.
+func TestTinyBehaves(t *testing.T) {
+	needVM(t)
+	socket := filepath.Join(t.TempDir(), "qmp")
+	args := append(drive("root", overlay(t, testDisk(t, TinyDisk)), "qcow2"), "-qmp", "unix:"+socket+",server=on,wait=off",
+		"-uuid", "11111111-2222-4333-8444-555555555555", "-smbios", "type=1,serial=pod-7", "-no-shutdown",
+		"-netdev", "user,id=n", "-device", "virtio-net-pci,netdev=n,mac=52:54:00:00:00:07",
+		"-device", "pvpanic-pci", "-device", "i6300esb", "-action", "watchdog=none", "-device", "virtio-balloon-pci", "-device", "virtio-rng-pci",
+		"-device", "virtio-serial-pci", "-chardev", "null,id=q", "-device", "virtserialport,chardev=q,name=org.qemu.guest_agent.0")
+	g := boot(t, args...)
+	g.until(prompt)
+	m := dialMonitor(t, socket)
+	g.sh("until [ -e /run/late ]; do sleep 0.2; done")
+	wantLines(t, g.sh("info"), "uuid=11111111-2222-4333-8444-555555555555", "serial=pod-7", "port=org.qemu.guest_agent.0",
+		"module=virtio_balloon", "module=virtio_rng", "module=pvpanic_pci", "disk=vda sectors=")
+	wantLines(t, g.sh("net"), "link=eth0 mac=52:54:00:00:00:07 mtu=1500", "addr=eth0 10.0.2.15/24", "addr=eth0 fec0::", "route=default via 10.0.2.2", "resolv=nameserver 10.0.2.3")
+	wantLines(t, g.sh("serve"), "serving 8080 8081")
+	wantLines(t, g.sh("wget -q -O - http://127.0.0.1:8081/"), "tiny")
+	wantLines(t, g.sh("flood 3"), "flood 000000000001 0123", "flood 000000000003 end")
+	wantLines(t, g.sh("pidof qemu-ga >/dev/null && echo agent runs"), "agent runs")
+	wantLines(t, g.sh("starve"), "watchdog armed")
+	m.until("WATCHDOG")
+	m.command("system_powerdown")
+	g.until("tiny: power button")
+	m.until("SHUTDOWN")
+}
+
+func TestTinyPanics(t *testing.T) {
+	needVM(t)
+	socket := filepath.Join(t.TempDir(), "qmp")
+	script := seedDisk(t, "#!/bin/sh\necho the script runs\ncrash\n")
+	g := boot(t, append(append(drive("root", overlay(t, testDisk(t, TinyDisk)), "qcow2"), drive("seed", script, "raw")...),
+		"-qmp", "unix:"+socket+",server=on,wait=off", "-device", "pvpanic-pci")...)
+	g.until("Linux version")
+	m := dialMonitor(t, socket)
+	g.until("the script runs")
+	m.until("GUEST_PANICKED")
+}
+
+func TestDebianBoots(t *testing.T) {
+	needVM(t)
+	seed := seedDisk(t, `#cloud-config
+runcmd:
+  - echo "root has $(df -BM --output=size / | tail -n 1)"
+  - echo "agent is $(systemctl is-active qemu-guest-agent), ssh is $(systemctl is-active ssh), failed are [$(systemctl --failed --quiet)]"
+  - echo "network is $(networkctl --no-legend | grep -c routable), secure boot is $(od -An -tu1 -j4 /sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c 2>/dev/null)"
+power_state: {mode: poweroff}
+`)
+	for _, c := range []struct{ firmware, want string }{
+		{"bios", "network is 1, secure boot is \n"},
+		{"efi", "network is 1, secure boot is    0\n"},
+		{"secure", "network is 1, secure boot is    1\n"},
+	} {
+		t.Run(c.firmware, func(t *testing.T) {
+			root := overlay(t, testDisk(t, DebianDisk))
+			if out, err := exec.Command("qemu-img", "resize", "-q", root, "3G").CombinedOutput(); err != nil {
+				t.Fatalf("resize: %v\n%s", err, out)
+			}
+			args := append(firmware(t, c.firmware), drive("root", root, "qcow2")...)
+			args = append(args, drive("seed", seed, "raw")...)
+			args = append(args, "-m", "1024", "-netdev", "user,id=n", "-device", "virtio-net-pci,netdev=n",
+				"-device", "virtio-serial-pci", "-chardev", "null,id=q", "-device", "virtserialport,chardev=q,name=org.qemu.guest_agent.0")
+			g := boot(t, args...)
+			g.until("Linux version")
+			g.took("the kernel's first line")
+			g.until("proof login:")
+			g.took("the prompt for login")
+			g.until("root has   28") // 2 GiB would be 1900M
+			g.until("agent is active, ssh is active, failed are []")
+			g.until(c.want)
+			g.until("Cloud-init v. 22.4.2 finished")
+			g.took("the end of cloud-init")
 			g.end()
 		})
 	}

@@ -33,7 +33,7 @@ func tinyPackages() []string {
 // tinyModules are the kernel's modules that the tiny system has, with all that they depend on.
 func tinyModules() []string {
 	return []string{
-		"virtio_pci", "virtio_blk", "virtio_net", "virtio_scsi", "sd_mod", "sr_mod", "isofs", "virtiofs", "virtio_console",
+		"virtio_pci", "virtio_blk", "virtio_net", "virtio_scsi", "sd_mod", "sr_mod", "isofs", "vfat", "nls_cp437", "nls_ascii", "nls_utf8", "virtiofs", "virtio_console",
 		"virtio_balloon", "virtio_rng", "pvpanic_pci", "button", "evdev", "efivarfs", "qemu_fw_cfg",
 	}
 }

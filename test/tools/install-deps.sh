@@ -5,15 +5,16 @@ set -eu
 
 here=$(dirname "$0")
 case $(dpkg --print-architecture) in
-arm64) qemu=qemu-system-arm ;;
-*) qemu=qemu-system-x86 ;;
+arm64) qemu=qemu-system-arm disks= ;;
+*) qemu=qemu-system-x86 disks="mmdebstrap dosfstools mtools fdisk grub-common grub-pc-bin ovmf" ;;
 esac
-# For each line: building, generated code, VMs, nodes, images of tests.
+# For each line: building, generated code, VMs, nodes, images of tests, disks of tests (amd64).
 packages="ca-certificates git make gcc libc6-dev pkg-config libseccomp-dev
 	protobuf-compiler
-	$qemu qemu-system-common qemu-utils e2fsprogs erofs-utils crun
+	$qemu qemu-system-common qemu-utils swtpm e2fsprogs erofs-utils crun
 	iproute2 iptables nftables util-linux procps kmod
-	busybox dpkg-dev xz-utils"
+	busybox dpkg-dev xz-utils
+	$disks"
 
 missing=
 for p in $packages; do
