@@ -430,6 +430,38 @@ func TestFileInImage(t *testing.T) {
 	}
 }
 
+// TestDiskIsParsedOnce: what was found is believed until the format of what is stored changes.
+func TestDiskIsParsedOnce(t *testing.T) {
+	n := startContainerd(t)
+	n.load(diskRef, diskImage(t, files(t, "disk/a.qcow2", emptyDisk(t, 1<<20))), "overlayfs")
+	s := n.store()
+	t.Cleanup(func() { s.Release(n.cleanup(), "c1"); s.Release(n.cleanup(), "c2") })
+	findDisk(t, s, diskRef, "c1")
+	stored, err := filepath.Glob(filepath.Join(s.dirs.disks(), "*"))
+	if err != nil || len(stored) != 1 {
+		t.Fatalf("stored: %v, %v", stored, err)
+	}
+	change := func(from, to string) {
+		t.Helper()
+		data := bytes.ReplaceAll(readFile(t, stored[0]), []byte(from), []byte(to))
+		if err := os.WriteFile(stored[0], data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	change(fmt.Sprintf(`"VirtualSize":%d`, 1<<20), `"VirtualSize":512`)
+	s.Close()
+	s = n.store()
+	if d := findDisk(t, s, diskRef, "c2"); d.VirtualSize != 512 {
+		t.Errorf("virtual size %d: the disk was parsed again", d.VirtualSize)
+	}
+	for _, c := range [][2]string{{`"Version":1,"InDisk"`, `"Version":0,"InDisk"`}, {"{", "["}} {
+		change(c[0], c[1])
+		if d := findDisk(t, s, diskRef, "c2"); d.VirtualSize != 1<<20 {
+			t.Errorf("virtual size %d: a finding that is %s was believed", d.VirtualSize, c[1])
+		}
+	}
+}
+
 // TestCrashWhileFindingDisk kills a process ever later while it finds a disk.
 func TestCrashWhileFindingDisk(t *testing.T) {
 	n := startContainerd(t)

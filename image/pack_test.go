@@ -295,7 +295,7 @@ func TestDiskCannotNameFiles(t *testing.T) {
 	}
 	f, info, err := openPackable(t.Context(), &PackOptions{Disk: child, TempDir: dir, Launcher: converter(), Progress: func(string, int64, int64) {}})
 	if err != nil {
-		return // refused is as good
+		t.Fatal(err)
 	}
 	defer f.Close()
 	if info.Allocated != 0 {
