@@ -13,7 +13,11 @@
 //   - A guest that ends stays paused until a daemon has seen how it ended. So no outcome is lost while the daemon is
 //     away, at the price of the memory held until it is back.
 //   - The guest's console goes to a ring of 64 KiB in QEMU's own memory. A guest that floods it fills no
-//     disk and blocks nobody; the last 64 KiB are part of the error that tells how the guest failed.
+//     disk and blocks nobody; the last 64 KiB are part of the error that tells how the guest failed. Or, with
+//     Machine.ConsolePipe, it goes to a pipe of 1 MiB and from there to a Spool of some MiB, and a guest that floods
+//     both waits: then every byte has its offset, and none is lost or doubled.
+//   - A VM with its own firmware, disk or Machine.Type differs from one that boots our kernel in nothing but its Machine. QEMU opens
+//     no image by name: disks, what is below them and EFI's flash come as descriptors, and no image's header names another.
 //   - Every device and block node is named after its serial, tag or ID; the state of hot-plug is asked of QEMU,
 //     never remembered.
 package qemu
