@@ -23,7 +23,9 @@ type Listener struct {
 	reader sync.WaitGroup
 	err    error // of the port; readable when the reader has ended
 
-	current *conn // the reader's own
+	// The reader's own: the session, and the number of the last one whose end the host has been told.
+	current *conn
+	told    uint64
 }
 
 // Listen serves the port, which it owns from now on. Reads that give io.EOF mean that no host is connected;
@@ -116,6 +118,10 @@ func (l *Listener) handle(f frame, err error) {
 		} else if err := l.current.deliver(f); err != nil {
 			l.leave(err)
 		}
+	case f.kind == kindData && l.current == nil && f.nonce != l.told:
+		// A session of an earlier agent: the guest has rebooted, which the host may not know.
+		l.told = f.nonce
+		_ = l.port.send(frame{nonce: f.nonce, kind: kindBye}, nil)
 	}
 }
 
@@ -153,6 +159,7 @@ func (l *Listener) hello(nonce uint64) {
 func (l *Listener) leave(err error) {
 	nonce := l.current.nonce
 	l.drop(err)
+	l.told = nonce
 	_ = l.port.send(frame{nonce: nonce, kind: kindBye}, nil)
 }
 

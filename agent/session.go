@@ -34,6 +34,9 @@ import (
 // PortName is the name of the virtio-serial port.
 const PortName = "org.vmruntime.agent.0"
 
+// MachineID is the container whose execs are the processes of a machine.
+const MachineID = "machine"
+
 const (
 	// inboxFrames bounds what is received and not yet read: 64 frames of at most 16 KiB.
 	inboxFrames  = 64

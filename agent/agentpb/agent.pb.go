@@ -6,6 +6,10 @@
 
 // The protocol between vmruntime on the node and vmagent, PID 1 of the guest. One ttrpc service over one
 // virtio-serial port; package agent describes the session below it.
+//
+// In a machine, a guest that has booted an operating system of its own, vmagent is one of its daemons. It serves Info,
+// Stats, List, Dial and the Conn calls, Shutdown, and processes by Exec in the container "machine", which always is
+// there. All other calls are Unimplemented.
 
 package agentpb
 
@@ -204,8 +208,10 @@ type InfoResponse struct {
 	Configured       bool  `protobuf:"varint,4,opt,name=configured,proto3" json:"configured,omitempty"`
 	CpusOnline       int32 `protobuf:"varint,5,opt,name=cpus_online,json=cpusOnline,proto3" json:"cpus_online,omitempty"`
 	MemoryTotalBytes int64 `protobuf:"varint,6,opt,name=memory_total_bytes,json=memoryTotalBytes,proto3" json:"memory_total_bytes,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// The guest is a machine.
+	Machine       bool `protobuf:"varint,7,opt,name=machine,proto3" json:"machine,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *InfoResponse) Reset() {
@@ -278,6 +284,13 @@ func (x *InfoResponse) GetMemoryTotalBytes() int64 {
 		return x.MemoryTotalBytes
 	}
 	return 0
+}
+
+func (x *InfoResponse) GetMachine() bool {
+	if x != nil {
+		return x.Machine
+	}
+	return false
 }
 
 type ConfigureSandboxRequest struct {
@@ -1383,7 +1396,9 @@ type ExecRequest struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
 	ContainerId string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
 	ExecId      string                 `protobuf:"bytes,2,opt,name=exec_id,json=execId,proto3" json:"exec_id,omitempty"`
-	// OCI runtime-spec Process as JSON. Empty env, cwd, user and capabilities are the container's.
+	// OCI runtime-spec Process as JSON. Empty env, cwd, user and capabilities are the container's. A machine takes args,
+	// env, cwd, user, terminal and console size; env adds to what a login of the user has, an empty cwd is "/", and an
+	// empty user is root.
 	Process       []byte `protobuf:"bytes,3,opt,name=process,proto3" json:"process,omitempty"`
 	Stdin         bool   `protobuf:"varint,4,opt,name=stdin,proto3" json:"stdin,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -2915,7 +2930,7 @@ const file_agent_proto_rawDesc = "" +
 	"\n" +
 	"\vagent.proto\x12\x12vmruntime.agent.v1\"\a\n" +
 	"\x05Empty\"\r\n" +
-	"\vInfoRequest\"\xe2\x01\n" +
+	"\vInfoRequest\"\xfc\x01\n" +
 	"\fInfoResponse\x12#\n" +
 	"\ragent_version\x18\x01 \x01(\tR\fagentVersion\x12%\n" +
 	"\x0ekernel_release\x18\x02 \x01(\tR\rkernelRelease\x12\x17\n" +
@@ -2925,7 +2940,8 @@ const file_agent_proto_rawDesc = "" +
 	"configured\x12\x1f\n" +
 	"\vcpus_online\x18\x05 \x01(\x05R\n" +
 	"cpusOnline\x12,\n" +
-	"\x12memory_total_bytes\x18\x06 \x01(\x03R\x10memoryTotalBytes\"\xdf\x04\n" +
+	"\x12memory_total_bytes\x18\x06 \x01(\x03R\x10memoryTotalBytes\x12\x18\n" +
+	"\amachine\x18\a \x01(\bR\amachine\"\xdf\x04\n" +
 	"\x17ConfigureSandboxRequest\x12$\n" +
 	"\x0etime_unix_nano\x18\x01 \x01(\x03R\ftimeUnixNano\x12\x18\n" +
 	"\aentropy\x18\x02 \x01(\fR\aentropy\x12\x1a\n" +

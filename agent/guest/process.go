@@ -194,7 +194,7 @@ func (p *process) run(ctx context.Context, s *Server, cr crunCall, st *streams, 
 func (p *process) begin(pid int, st *streams) {
 	p.mu.Lock()
 	p.pid, p.startedAt, p.stdin = pid, time.Now(), st.stdin
-	if st.console != nil {
+	if p.terminal {
 		p.console = st.stdin
 		st.out = p.console
 		if !p.wantStdin {

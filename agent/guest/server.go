@@ -41,7 +41,7 @@ type Options struct {
 	Crun, CrunRoot string
 	// Version is told by Info.
 	Version string
-	// PowerOff ends the guest after Shutdown; nil powers the machine off.
+	// PowerOff ends the guest after Shutdown.
 	PowerOff func()
 	Log      *slog.Logger
 }
@@ -62,6 +62,9 @@ type Server struct {
 	sandbox    sync.Mutex // serialises ConfigureSandbox, MountShare, Shutdown
 	configured atomic.Bool
 	files      sync.Mutex // serialises PutFiles
+
+	// machine says that the guest has booted an operating system of its own; see machine.go.
+	machine bool
 
 	mu         sync.Mutex
 	containers map[string]*container
@@ -87,8 +90,8 @@ func New(opts Options) (*Server, error) {
 			return nil, err
 		}
 	}
-	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
-		return nil, fmt.Errorf("become a subreaper: %w", err)
+	if err := becomeSubreaper(); err != nil {
+		return nil, err
 	}
 	var err error
 	if s.crunFile, err = sealedCopy(opts.Crun); err != nil {
@@ -96,6 +99,13 @@ func New(opts Options) (*Server, error) {
 	}
 	s.reaper = newReaper()
 	return s, nil
+}
+
+func becomeSubreaper() error {
+	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
+		return fmt.Errorf("become a subreaper: %w", err)
+	}
+	return nil
 }
 
 func setDefault(field *string, value string) {
@@ -130,6 +140,9 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 func (s *Server) Close() error {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
+	if s.machine {
+		return s.closeMachine(ctx)
+	}
 	err := s.removeAll(ctx)
 	s.work.Wait()
 	s.reaper.close()
@@ -168,7 +181,11 @@ func (s *Server) serveSession(ctx context.Context, c net.Conn) {
 		return
 	}
 	ss := &session{Server: s, conns: make(map[uint64]*guestConn)}
-	agentpb.RegisterAgentService(srv, ss)
+	if s.machine {
+		agentpb.RegisterAgentService(srv, &machineSession{ss})
+	} else {
+		agentpb.RegisterAgentService(srv, ss)
+	}
 	s.log.Info("session with the host begins")
 	err = srv.Serve(ctx, one)
 	ss.closeAll()
@@ -229,7 +246,7 @@ func (s *Server) Info(context.Context, *agentpb.InfoRequest) (*agentpb.InfoRespo
 	return &agentpb.InfoResponse{
 		AgentVersion: s.opts.Version, KernelRelease: unix.ByteSliceToString(uts.Release[:]),
 		BootId: strings.TrimSpace(string(bootID)), Configured: s.configured.Load(),
-		CpusOnline: int32(runtime.NumCPU()), MemoryTotalBytes: int64(readMeminfo()["MemTotal"]),
+		CpusOnline: int32(runtime.NumCPU()), MemoryTotalBytes: int64(readMeminfo()["MemTotal"]), Machine: s.machine,
 	}, nil
 }
 

@@ -61,10 +61,21 @@ func newGuest(t *testing.T, setup string, flags ...string) *testGuest {
 
 func (g *testGuest) openPort(t *testing.T) {
 	t.Helper()
-	var err error
-	if g.port, g.far, err = pty.Open(); err != nil {
+	port, far, err := pty.Open()
+	if err != nil {
 		t.Fatal(err)
 	}
+	defer port.Close()
+	g.far = far
+	// A file of our own, which is pollable.
+	fd, err := unix.FcntlInt(port.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.SetNonblock(fd, true); err != nil {
+		t.Fatal(err)
+	}
+	g.port = os.NewFile(uintptr(fd), "port")
 	termios, err := unix.IoctlGetTermios(int(g.far.Fd()), unix.TCGETS)
 	if err != nil {
 		t.Fatal(err)
