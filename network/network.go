@@ -15,6 +15,8 @@
 //   - Setup leaves nothing behind when it fails. Teardown needs only the ID, also after a reboot: the
 //     configuration that an attachment was made with is taken from libcni's cache.
 //   - Nothing is kept in memory: the CNI configuration is read at each use, so no change of it can be missed.
+//   - A Responder tells a guest without an agent what CNI made, and nothing else does: while it is set up, DHCP and router
+//     discovery pass neither from the guest to the pod's network nor back, daemon or not.
 package network
 
 import (
