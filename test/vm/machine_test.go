@@ -1,10 +1,19 @@
 package vm_test
 
 import (
+	"bytes"
 	"context"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"regexp"
+	"strconv"
 	"strings"
 	"testing"
+	"time"
 
+	"google.golang.org/grpc/codes"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/vmruntime/vmruntime/test/images"
@@ -27,26 +36,324 @@ func sized(memory int64) func(*runtimeapi.PodSandboxConfig) {
 	}
 }
 
-// machine runs a machine in a pod of its own and returns when its console has a prompt.
-func (b *bed) machine(ctx context.Context, t *testing.T, image string, change ...func(*runtimeapi.PodSandboxConfig)) *ctr {
+// machinePod is a pod that is large enough for the tiny machine.
+func (b *bed) machinePod(ctx context.Context, t *testing.T, image string, change ...func(*runtimeapi.PodSandboxConfig)) *pod {
 	t.Helper()
 	if err := b.pull(ctx, image); err != nil {
 		t.Fatal(err)
 	}
-	p := b.vmPod(ctx, t, append([]func(*runtimeapi.PodSandboxConfig){sized(192 << 20)}, change...)...)
-	c := p.start(of("machine", image))
-	c.ready("tiny: up")
+	return b.vmPod(ctx, t, append([]func(*runtimeapi.PodSandboxConfig){sized(192 << 20)}, change...)...)
+}
+
+// machine runs a tiny machine in a pod of its own and returns when its guest agent answers.
+func (b *bed) machine(ctx context.Context, t *testing.T, image string, change ...func(*runtimeapi.PodSandboxConfig)) *ctr {
+	t.Helper()
+	return b.machinePod(ctx, t, image, change...).start(of("machine", image)).up(1)
+}
+
+// up waits until the machine has booted this often and commands can be run in it.
+func (c *ctr) up(boots int) *ctr {
+	c.t.Helper()
+	c.ready(fmt.Sprintf("tiny: up boot=%d ", boots))
+	c.answers()
 	return c
 }
 
-func TestMachineBoots(t *testing.T) {
-	ctx, b := use(t)
-	c := b.machine(ctx, t, images.Tiny)
-	info := c.sh("info; blocks")
-	t.Log(info)
-	for _, want := range []string{"firmware=bios", "boots=1", "serial=root"} {
-		if !strings.Contains(info, want) {
-			t.Errorf("the machine says\n%s\nwithout %q", info, want)
+// answers waits until commands can be run in the machine.
+func (c *ctr) answers() {
+	c.t.Helper()
+	c.until("the machine runs commands", func() bool {
+		resp, err := c.execSync(5, "true")
+		return err == nil && resp.GetExitCode() == 0
+	})
+}
+
+// says fails unless a script prints all of the lines.
+func (c *ctr) says(script string, lines ...string) string {
+	c.t.Helper()
+	out := c.sh(script)
+	for _, want := range lines {
+		if !strings.Contains("\n"+out, "\n"+want+"\n") {
+			c.t.Errorf("%s says\n%swithout the line %q", script, out, want)
 		}
 	}
+	return out
+}
+
+// A machine boots from its image's disk: as a fresh and larger overlay for each container, with the pod's size and identity.
+func TestMachine(t *testing.T) {
+	ctx, b := use(t)
+	uid := "0f3c2c1e-8b6a-4e1f-9d35-5b1f0e6a7c42"
+	p := b.machinePod(ctx, t, images.Tiny, annotated("root-disk-size", "3Gi"), func(cfg *runtimeapi.PodSandboxConfig) {
+		cfg.Metadata.Uid = uid
+		cfg.Linux.Resources.CpuQuota, cfg.Linux.Resources.CpuPeriod = 200000, 100000
+	})
+	c := p.start(of("machine", images.Tiny)).up(1)
+	info := c.says("info", "firmware=bios", "boots=1", "cpus=2", "sockets=1", "cores=2", "uuid="+uid, "serial="+uid)
+	if kib, _ := strconv.Atoi(regexp.MustCompile(`MemTotal=(\d+)`).FindStringSubmatch(info)[1]); kib < 160<<10 || kib > 256<<10 {
+		t.Errorf("the machine has %d KiB, want those of the limit of 192 MiB and the overhead, less its kernel", kib)
+	}
+	c.says("blocks | cut -d ' ' -f 1-4", "disk=vda sectors=6291456 mode=rw serial=root", "disk=vdb sectors="+seedSectors(c)+" mode=ro serial=seed")
+	resp, err := c.execSync(10, "sh", "-c", "echo out; echo err >&2; exit 7")
+	if err != nil || resp.GetExitCode() != 7 || string(resp.GetStdout()) != "out\n" || string(resp.GetStderr()) != "err\n" {
+		t.Errorf("ExecSync: %v, %v; want out, err and 7", resp, err)
+	}
+	if _, err := c.execSync(1, "sleep", "777"); err == nil {
+		t.Error("a command outlives its timeout")
+	} else {
+		refused(t, err, codes.DeadlineExceeded)
+	}
+	c.until("the command is killed", func() bool { return !strings.Contains(c.sh("ps -o args"), "sleep 777") })
+	checkMachineStats(t, c)
+	c.stop(30)
+	if s := c.wait(); s.GetExitCode() != 0 || s.GetReason() != "Completed" {
+		t.Errorf("a machine that was asked to stop: exit code %d, %s %s; want 0, Completed", s.GetExitCode(), s.GetReason(), s.GetMessage())
+	}
+	again := p.start(with(of("machine", images.Tiny), func(c *runtimeapi.ContainerConfig) {
+		c.Metadata.Attempt, c.LogPath = 1, "again.log"
+	})).up(1)
+	again.says("info", "boots=1", "uuid="+uid)
+}
+
+func seedSectors(c *ctr) string {
+	return strings.TrimSpace(c.sh("cat /sys/block/vdb/size"))
+}
+
+func checkMachineStats(t *testing.T, c *ctr) {
+	t.Helper()
+	c.sh("dd if=/dev/urandom of=/written bs=1M count=20 && sync")
+	resp, err := c.rt.ContainerStats(c.ctx, &runtimeapi.ContainerStatsRequest{ContainerId: c.id})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := resp.GetStats()
+	if used := s.GetWritableLayer().GetUsedBytes().GetValue(); used < 20<<20 || used > 200<<20 {
+		t.Errorf("the writable layer has %d bytes, want the 20 MiB written and little more", used)
+	}
+	if s.GetCpu().GetUsageCoreNanoSeconds().GetValue() == 0 || s.GetMemory().GetWorkingSetBytes().GetValue() == 0 {
+		t.Errorf("statistics %v, want processor time and memory", s)
+	}
+	if available := s.GetMemory().GetAvailableBytes().GetValue(); available == 0 || available > 256<<20 {
+		t.Errorf("%d bytes of memory are available, want what the guest's balloon tells", available)
+	}
+	status, err := c.rt.ContainerStatus(c.ctx, &runtimeapi.ContainerStatusRequest{ContainerId: c.id, Verbose: true})
+	if err != nil || !strings.Contains(status.GetInfo()["info"], `"state":"running"`) || !strings.Contains(status.GetInfo()["info"], `"fileSystems"`) {
+		t.Errorf("the verbose status says %v, %v; want the machine's state and what its agent tells", status.GetInfo(), err)
+	}
+}
+
+// A guest's own reboot is not the container's end, poweroff is its good end and a panic its bad one.
+func TestMachineEnds(t *testing.T) {
+	ctx, b := use(t)
+	p := b.machinePod(ctx, t, images.Tiny)
+	c := p.start(of("machine", images.Tiny)).up(1)
+	before := c.sh("net >/dev/null; shownet | grep -v valid_lft")
+	c.sh("reboot")
+	c.up(2)
+	if after := c.sh("net >/dev/null; shownet | grep -v valid_lft"); after != before {
+		t.Errorf("after a reboot the network is\n%s\nbefore it was\n%s", after, before)
+	}
+	if s := c.status(); s.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
+		t.Errorf("after a reboot the container is %v", s)
+	}
+	c.sh("poweroff")
+	if s := c.wait(); s.GetExitCode() != 0 || s.GetReason() != "Completed" {
+		t.Errorf("after a poweroff: exit code %d, %s; want 0, Completed", s.GetExitCode(), s.GetReason())
+	}
+	if text := c.text(); !strings.Contains(text, "tiny: up boot=1 ") || !strings.Contains(text, "Power down") {
+		t.Errorf("the log does not have the whole life of the machine:\n%s", text)
+	}
+	crashing := p.start(with(of("machine", images.Tiny), func(c *runtimeapi.ContainerConfig) {
+		c.Metadata.Attempt, c.LogPath = 1, "crash.log"
+	})).up(1)
+	if got := crashing.sh("net >/dev/null; shownet | grep -v valid_lft"); got != before {
+		t.Errorf("the next container has the network\n%s\nwant\n%s", got, before)
+	}
+	_, _ = crashing.execSync(5, "crash") // its end is not told
+	if s := crashing.wait(); s.GetExitCode() == 0 || s.GetReason() != "GuestFailed" {
+		t.Errorf("after a panic: exit code %d, %s; want another than 0, GuestFailed", s.GetExitCode(), s.GetReason())
+	}
+	killed := p.start(with(of("machine", images.Tiny), func(c *runtimeapi.ContainerConfig) {
+		c.Metadata.Attempt, c.LogPath = 2, "killed.log"
+	})).ready("tiny: up")
+	kill(t, p.verboseInfo().Guest.QEMU.PID)
+	if s := killed.wait(); s.GetExitCode() != 137 || s.GetReason() != "VMFailed" {
+		t.Errorf("after QEMU's death: exit code %d, %s; want 137, VMFailed", s.GetExitCode(), s.GetReason())
+	}
+}
+
+// The console is the log: whole and in order, also when it floods and the daemon is killed meanwhile, over rotation.
+func TestMachineConsole(t *testing.T) {
+	ctx, b := use(t)
+	c := b.machine(ctx, t, images.Tiny)
+	const lines = 30000
+	c.sh(fmt.Sprintf("(sleep 1; flood %d >/dev/console) >/dev/null 2>&1 &", lines))
+	var files []string
+	for i := range 3 {
+		c.until("the flood goes on", func() bool { return fileSize(c.logFile()) > 200_000 })
+		b.crash(t)
+		time.Sleep(time.Second) // the guest goes on writing
+		if err := b.StartVMRuntime(ctx); err != nil {
+			t.Fatal(err)
+		}
+		rotated := fmt.Sprintf("%s.%d", c.logFile(), i)
+		if err := os.Rename(c.logFile(), rotated); err != nil {
+			t.Fatal(err)
+		}
+		files = append(files, rotated)
+		if _, err := b.rt.ReopenContainerLog(ctx, &runtimeapi.ReopenContainerLogRequest{ContainerId: c.id}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	files = append(files, c.logFile())
+	last := fmt.Sprintf("flood %012d end", lines)
+	c.until("the flood is over", func() bool {
+		data, _ := os.ReadFile(c.logFile())
+		return strings.Contains(string(data), last)
+	})
+	next := 1
+	for line := range strings.Lines(streamText(t, "stdout", files...)) {
+		if !strings.HasPrefix(line, "flood ") {
+			continue
+		}
+		if want := fmt.Sprintf("flood %012d ", next); !strings.HasPrefix(line, want) {
+			t.Fatalf("line %d of the flood is %q: lost, doubled or out of order", next, line)
+		}
+		next++
+	}
+	if next != lines+1 {
+		t.Errorf("the log has %d lines of the flood, want %d", next-1, lines)
+	}
+}
+
+// Attach is the serial console: all see it, one types.
+func TestMachineAttach(t *testing.T) {
+	ctx, b := use(t)
+	c := b.machine(ctx, t, images.Tiny)
+	watcher, typist := c.crictl("attach", c.id), c.crictl("attach", "-i", c.id)
+	var watched, typed bytes.Buffer
+	watcher.Stdout, typist.Stdout = &watched, &typed
+	keys, err := typist.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, cmd := range []*exec.Cmd{watcher, typist} {
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		defer func() {
+			_ = cmd.Process.Kill() // by its ID
+			_ = cmd.Wait()
+		}()
+	}
+	c.until("the console answers what is typed", func() bool {
+		if _, err := io.WriteString(keys, "echo typed $((40+2))\n"); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(500 * time.Millisecond)
+		return strings.Contains(c.text(), "typed 42")
+	})
+	second := c.crictl("attach", "-i", c.id)
+	second.Stdin = strings.NewReader("echo stolen\n")
+	if out, err := second.CombinedOutput(); !strings.Contains(string(out), "somebody else types") {
+		t.Errorf("a second one that types: %v, %s; want to be told that somebody else does", err, out)
+	}
+	c.until("both have seen it", func() bool {
+		return strings.Contains(watched.String(), "typed 42") && strings.Contains(typed.String(), "typed 42")
+	})
+	if strings.Contains(c.text(), "stolen") {
+		t.Error("two have typed on one console")
+	}
+}
+
+// Port-forward reaches what listens on the machine's addresses.
+func TestMachinePortForward(t *testing.T) {
+	ctx, b := use(t)
+	c := b.machine(ctx, t, images.Tiny)
+	c.sh("net >/dev/null; serve 8080 >/dev/null 2>&1")
+	cmd := c.crictl("port-forward", c.pod.id, "18081:8080")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		_ = cmd.Process.Kill() // by its ID
+		_ = cmd.Wait()
+	}()
+	c.until("the forwarded port answers", func() bool {
+		out, err := b.fetch(ctx, "http://127.0.0.1:18081/")
+		return err == nil && out == "tiny\n"
+	})
+}
+
+// The hardware that annotations ask for.
+func TestMachineHardware(t *testing.T) {
+	for name, tc := range map[string]struct {
+		image string
+		ask   []string
+		info  []string
+		disk  string
+	}{
+		"efi, scsi and tpm": {images.Tiny, []string{"firmware", "efi", "disk-bus", "scsi", "tpm", "true", "video", "none"}, []string{"firmware=efi", "secureboot=off", "tpm=2"}, "disk=sda "},
+		"raw on sata":       {images.TinyImg, []string{"disk-bus", "sata", "video", "virtio"}, []string{"firmware=bios", "tpm="}, "disk=sda "},
+		"disk at the root":  {images.TinyAtRoot, []string{"cpu-model", "Nehalem", "datasource", "none"}, []string{"cpumodel=Intel Core i7 9xx (Nehalem Class Core i7)"}, "disk=vda "},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ctx, b := use(t)
+			c := b.machine(ctx, t, tc.image, annotated(tc.ask...))
+			c.says("info", tc.info...)
+			if out := c.sh("blocks"); !strings.Contains(out, tc.disk) {
+				t.Errorf("blocks says\n%swithout %q", out, tc.disk)
+			}
+		})
+	}
+}
+
+// A kernel and an initrd out of the image, without boot loader or disk.
+func TestMachineKernelBoot(t *testing.T) {
+	ctx, b := use(t)
+	p := b.machinePod(ctx, t, images.KernelBoot, annotated("kernel", "/boot/vmlinuz", "initrd", "/boot/initrd", "kernel-args", "console=ttyS0 quiet made=here"))
+	c := p.start(of("machine", images.KernelBoot)).ready("tiny: up")
+	c.answers()
+	c.says("info", "cmdline=console=ttyS0 quiet made=here")
+}
+
+// A watchdog that nobody feeds ends the machine if that is asked.
+func TestMachineWatchdog(t *testing.T) {
+	ctx, b := use(t)
+	c := b.machine(ctx, t, images.Tiny, annotated("watchdog", "poweroff"))
+	c.sh("starve")
+	if s := c.wait(); s.GetExitCode() == 0 || s.GetReason() != "GuestFailed" || !strings.Contains(s.GetMessage(), "watchdog") {
+		t.Errorf("after the watchdog: exit code %d, %s %s; want another than 0, GuestFailed, the watchdog", s.GetExitCode(), s.GetReason(), s.GetMessage())
+	}
+}
+
+// What cannot be is refused in words, and leaves nothing.
+func TestMachineRefused(t *testing.T) {
+	ctx, b := use(t)
+	cfg := b.podConfig(t, annotated("firmwear", "efi", "video", "vga"))
+	_, err := b.rt.RunPodSandbox(ctx, &runtimeapi.RunPodSandboxRequest{Config: cfg, RuntimeHandler: handlerVM})
+	refused(t, err, codes.InvalidArgument, "vmruntime.io/firmwear", "did you mean vmruntime.io/firmware", `vmruntime.io/video is "vga"`)
+	p := b.vmPod(ctx, t, annotated("root-disk-size", "1Mi"))
+	for image, words := range map[string][]string{
+		images.TwoDisks: {"a.qcow2", "b.qcow2"},
+		images.Backing:  {"backing"},
+		images.Corrupt:  {"corrupt.qcow2"},
+		images.NoDisk:   {"/disk"},
+		images.Tiny:     {"vmruntime.io/root-disk-size", "at least"},
+	} {
+		if err := b.pull(ctx, image); err != nil {
+			t.Fatal(err)
+		}
+		_, err := p.tryCreate(of("machine", image))
+		refused(t, err, codes.InvalidArgument, words...)
+	}
+	q := b.machinePod(ctx, t, images.Tiny)
+	_, err = q.tryCreate(with(of("machine", images.Tiny), func(c *runtimeapi.ContainerConfig) { c.Command = []string{"sh"} }))
+	refused(t, err, codes.InvalidArgument, "command", "cloud-init")
+	// An ordinary init container may come first; while the machine is there nothing else may be.
+	q.output(shell("init", "echo prepared"))
+	c := q.start(of("machine", images.Tiny)).up(1)
+	_, err = q.tryCreate(idle("sidecar"))
+	refused(t, err, codes.FailedPrecondition, "sidecar", "machine")
+	c.expect("echo still here", "still here")
 }
