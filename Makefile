@@ -51,16 +51,18 @@ lint: ## vet, format, golangci-lint, and that arm64 compiles
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$unformatted" ] || { echo "not formatted: $$unformatted"; exit 1; }
 	$$(go run ./test/tools/build golangci-lint)/golangci-lint run $(PACKAGES)
 
-generate: ## code of the agent's protocol, and files made from the configuration
+generate: ## code of the protocols, and files made from the configuration
 	mkdir -p out/generate
-	go build -o out/generate/ google.golang.org/protobuf/cmd/protoc-gen-go github.com/containerd/ttrpc/cmd/protoc-gen-go-ttrpc
+	go build -o out/generate/ google.golang.org/protobuf/cmd/protoc-gen-go github.com/containerd/ttrpc/cmd/protoc-gen-go-ttrpc google.golang.org/grpc/cmd/protoc-gen-go-grpc
 	cd agent/agentpb && PATH=$(CURDIR)/out/generate:$$PATH protoc -I . \
 		--go_out=. --go_opt=paths=source_relative --go-ttrpc_out=. --go-ttrpc_opt=paths=source_relative agent.proto
+	cd runtime/vmpb && PATH=$(CURDIR)/out/generate:$$PATH protoc -I . \
+		--go_out=. --go_opt=paths=source_relative --go-grpc_out=. --go-grpc_opt=paths=source_relative vm.proto
 	go test ./runtime -run TestConfigFiles -update -count=1
 
 # Fails when a generated file is not what its source makes.
 generate-check: generate
-	git diff --exit-code -- agent/agentpb docs/configuration.md deploy/vmruntime.toml
+	git diff --exit-code -- agent/agentpb runtime/vmpb docs/configuration.md deploy/vmruntime.toml
 
 unit: ## unit and golden tests, with the race detector
 	go test -race -short -timeout 10m $(PACKAGES)

@@ -63,6 +63,38 @@ func (v *VM) Reset(ctx context.Context) error {
 // every architecture has one.
 func (v *VM) NMI(ctx context.Context) error { return v.mon.Execute(ctx, "inject-nmi", nil, nil) }
 
+// Accel is what runs the guest: AccelKVM or AccelTCG.
+func (v *VM) Accel(ctx context.Context) (string, error) {
+	var kvm struct {
+		Enabled bool `json:"enabled"`
+	}
+	if err := v.mon.Execute(ctx, "query-kvm", nil, &kvm); err != nil {
+		return "", err
+	}
+	if kvm.Enabled {
+		return AccelKVM, nil
+	}
+	return AccelTCG, nil
+}
+
+// CtrlAltDel presses these keys, at which most operating systems boot again if they are set up to. A machine has a keyboard
+// with ArchX86 or with video; without one it is errdefs.ErrFailedPrecondition.
+func (v *VM) CtrlAltDel(ctx context.Context) error {
+	var target struct {
+		Arch string `json:"arch"`
+	}
+	if err := v.mon.Execute(ctx, "query-target", nil, &target); err != nil {
+		return err
+	}
+	if target.Arch != ArchX86 {
+		if err := v.needVideo(ctx); err != nil {
+			return fmt.Errorf("no keyboard: %w", err)
+		}
+	}
+	key := func(name string) props { return props{"type": "qcode", "data": name} }
+	return v.mon.Execute(ctx, "send-key", props{"keys": []props{key("ctrl"), key("alt"), key("delete")}}, nil)
+}
+
 // VNC opens a VNC session (RFB). The caller closes it. Without Machine.Video it is errdefs.ErrFailedPrecondition.
 func (v *VM) VNC(ctx context.Context) (net.Conn, error) {
 	if err := v.needVideo(ctx); err != nil {

@@ -48,6 +48,7 @@ type Config struct {
 // ServerConfig is the section [server].
 type ServerConfig struct {
 	Socket        string `toml:"socket" comment:"The socket that the kubelet speaks CRI to. Only root may open it."`
+	AdminSocket   string `toml:"admin_socket" comment:"The socket that vmruntime vm speaks to. Only root may open it."`
 	Root          string `toml:"root" comment:"Durable state: records of pods and containers, root filesystems of images, scratch disks. Should be on the file system\nof containerd's images: the kubelet sees the usage of both as one."`
 	State         string `toml:"state" comment:"Sockets and what need not outlive a reboot. Should be on a tmpfs."`
 	LogLevel      string `toml:"log_level" comment:"debug, info, warn or error. debug tells every CRI call and who answered it."`
@@ -139,6 +140,7 @@ func defaultConfig(goarch string) Config {
 	return Config{
 		Server: ServerConfig{
 			Socket:        "/run/vmruntime/vmruntime.sock",
+			AdminSocket:   "/run/vmruntime/admin.sock",
 			Root:          "/var/lib/vmruntime",
 			State:         "/run/vmruntime",
 			LogLevel:      "info",
@@ -245,6 +247,7 @@ func (c QEMUConfig) FindVirtiofsd() (string, error) {
 func (c Config) Validate() error {
 	var v validator
 	v.path("server.socket", c.Server.Socket)
+	v.path("server.admin_socket", c.Server.AdminSocket)
 	v.path("server.root", c.Server.Root)
 	v.path("server.state", c.Server.State)
 	v.rule(c.Server.Root != c.Server.State, "server.state", c.Server.State, "another directory than server.root")
@@ -254,6 +257,8 @@ func (c Config) Validate() error {
 	v.rule(err == nil && addr.Addr().IsLoopback(), "server.stream_address", c.Server.StreamAddress, "a loopback address and a port, like 127.0.0.1:0")
 	// A socket's address holds 107 bytes; a longer path fails only at bind, with no clear error.
 	v.rule(len(c.Server.Socket) <= 107, "server.socket", c.Server.Socket, "at most 107 bytes long")
+	v.rule(len(c.Server.AdminSocket) <= 107, "server.admin_socket", c.Server.AdminSocket, "at most 107 bytes long")
+	v.rule(c.Server.AdminSocket != c.Server.Socket, "server.admin_socket", c.Server.AdminSocket, "another socket than server.socket")
 	v.path("containerd.address", c.Containerd.Address)
 	v.rule(c.Containerd.Address != c.Server.Socket, "containerd.address", c.Containerd.Address, "another socket than server.socket")
 	c.VM.validate(&v)

@@ -202,6 +202,7 @@ func (c *container) stop(ctx context.Context, grace time.Duration) error {
 	if !c.rec.Status().running() {
 		return nil
 	}
+	c.pod.wake(ctx)
 	if c.isMachine() {
 		return c.stopMachine(ctx, grace)
 	}
@@ -225,6 +226,7 @@ func (c *container) kill(ctx context.Context) error {
 	if c.isMachine() {
 		return c.killMachine(ctx)
 	}
+	c.pod.wake(ctx)
 	ctx = context.WithoutCancel(ctx)
 	if c.endedAfter(ctx, sigkill, true, killTimeout) {
 		return nil

@@ -187,13 +187,14 @@ func (c sshConn) CloseWrite() error {
 	return nil
 }
 
-// attachConsole joins a client to the machine's serial console. All who are attached see it; the first with input may type.
-func (c *container) attachConsole(ctx context.Context, in io.Reader, out io.Writer) error {
+// attachConsole joins a client to the machine's serial console, of which it first gets the given number of last lines. All who are
+// attached see it; the first with input may type.
+func (c *container) attachConsole(ctx context.Context, in io.Reader, out io.Writer, replay int) error {
 	g, err := c.runningMachine()
 	if err != nil {
 		return err
 	}
-	output, unsubscribe := c.output.subscribe()
+	recent, output, unsubscribe := c.output.subscribeRecent()
 	defer unsubscribe()
 	if in != nil {
 		if !g.machine.writer.TryLock() {
@@ -206,6 +207,11 @@ func (c *container) attachConsole(ctx context.Context, in io.Reader, out io.Writ
 		}
 		defer func() { _ = console.Close() }()
 		go func() { _, _ = io.Copy(console, in) }() // ends with the client's end of the connection, or with console
+	}
+	if last := lastLines(recent, replay); out != nil && len(last) > 0 {
+		if _, err := out.Write(last); err != nil {
+			return nil // the client has gone
+		}
 	}
 	for {
 		select {

@@ -26,6 +26,8 @@ const (
 	askTimeout = 10 * time.Second
 	// quitTimeout bounds how long QEMU may take to flush its disks and end.
 	quitTimeout = 20 * time.Second
+	// consoleKept is how much of a machine's console is kept for `vmruntime vm console`, in bytes.
+	consoleKept = 64 << 10
 )
 
 // machineParts are what a guest that is a machine has beside its QEMU.
@@ -183,6 +185,7 @@ func (g *guest) guestAgent(ctx context.Context) (*qga.Client, error) {
 
 // watchMachine follows a machine until it ends or the daemon does.
 func (c *container) watchMachine(g *guest) {
+	c.output.remember(consoleKept)
 	c.rt.owned.Go(func() {
 		c.copyConsole(c.rt.ctx, g)
 		if c.rt.ctx.Err() != nil {

@@ -100,6 +100,9 @@ func (g *guest) machineInfo(ctx context.Context) *machineInfo {
 	if d, err := g.vm.DiskStats(ctx); err == nil {
 		info.Disks = d
 	}
+	if info.State != stateRunning {
+		return info // a guest that stands still answers nothing
+	}
 	if ga, err := g.guestAgent(ctx); err == nil {
 		info.GuestOS = askGuest(ctx, ga)
 	}

@@ -309,7 +309,7 @@ func (s streams) Attach(ctx context.Context, id string, in io.Reader, out, errs 
 		if out != nil {
 			screen = out
 		}
-		return c.attachConsole(ctx, in, screen)
+		return c.attachConsole(ctx, in, screen, 0)
 	}
 	g, _, err := c.runningIn(ctx)
 	if err != nil {

@@ -23,7 +23,7 @@ func rules() []rule {
 	return []rule{
 		{
 			"cmd/vmruntime",
-			[]string{"runtime", "runtime/delegate", "qemu", "image"},
+			[]string{"runtime", "runtime/delegate", "runtime/vmpb", "qemu", "image"},
 			"main wires; qemu only because it is re-executed as QEMU's launcher, image because it packs disks",
 		},
 		{"cmd/vmagent", []string{"agent/guest", "agent", "agent/agentpb"}, "the guest's program has no part of the host's side"},
@@ -31,7 +31,7 @@ func rules() []rule {
 			"runtime",
 			[]string{
 				"qemu", "image", "network", "agent", "agent/agentpb",
-				"runtime/state", "runtime/ocispec", "runtime/crilog", "runtime/cgroup", "runtime/delegate", "runtime/annotation", "image/seed", "agent/qga", "agent/sshexec",
+				"runtime/state", "runtime/ocispec", "runtime/crilog", "runtime/cgroup", "runtime/delegate", "runtime/annotation", "runtime/vmpb", "image/seed", "agent/qga", "agent/sshexec",
 			},
 			"only runtime composes the leaves; delegate's interface is what it implements",
 		},
@@ -39,6 +39,7 @@ func rules() []rule {
 		{"runtime/ocispec", nil, "a pure function of CRI messages"},
 		{"runtime/crilog", nil, "a file format"},
 		{"runtime/cgroup", nil, "a leaf"},
+		{"runtime/vmpb", nil, "generated"},
 		{"runtime/annotation", nil, "a pure function of a pod's annotations"},
 		{"runtime/delegate", nil, "it puts any CRI server in front of another; it must not know ours"},
 		{"qemu", nil, "a leaf"},

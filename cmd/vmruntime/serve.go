@@ -27,7 +27,7 @@ const stopTimeout = 5 * time.Second
 // serve runs the daemon until ctx ends. The socket answers Unavailable until all pods are found again.
 func serve(ctx context.Context, cfg runtime.Config) (err error) {
 	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: cfg.Server.Level()}))
-	for _, dir := range []string{cfg.Server.Root, cfg.Server.State, filepath.Dir(cfg.Server.Socket)} {
+	for _, dir := range []string{cfg.Server.Root, cfg.Server.State, filepath.Dir(cfg.Server.Socket), filepath.Dir(cfg.Server.AdminSocket)} {
 		// QEMU's own user has to pass through, but need not look.
 		if err := os.MkdirAll(dir, 0o711); err != nil {
 			return err
@@ -38,18 +38,25 @@ func serve(ctx context.Context, cfg runtime.Config) (err error) {
 		return err
 	}
 	defer closing(&err, lock.Close)
-	listener, err := listen(cfg.Server.Socket)
+	listener, err := listen("server.socket", cfg.Server.Socket)
 	if err != nil {
 		return err
 	}
+	// Who serves a listener closes it too.
+	defer closing(&err, func() error { return ignoreClosed(listener.Close()) })
+	admin, err := listen("server.admin_socket", cfg.Server.AdminSocket)
+	if err != nil {
+		return err
+	}
+	defer closing(&err, func() error { return ignoreClosed(admin.Close()) })
 	conn, err := delegate.Dial(cfg.Containerd.Address)
 	if err != nil {
-		return errors.Join(err, listener.Close())
+		return err
 	}
 	defer closing(&err, conn.Close)
 	client, err := containerd.NewWithConn(conn)
 	if err != nil {
-		return errors.Join(err, listener.Close())
+		return err
 	}
 	rt, err := runtime.New(cfg, runtime.Dependencies{
 		Containerd: client,
@@ -58,22 +65,36 @@ func serve(ctx context.Context, cfg runtime.Config) (err error) {
 		Logger:     log,
 	})
 	if err != nil {
-		return errors.Join(err, listener.Close())
+		return err
 	}
 	defer closing(&err, rt.Close)
-	return answer(ctx, rt, delegate.New(delegate.Options{VM: rt, Containerd: conn, Logger: log}), listener, log)
+	s := servers{
+		cri: delegate.New(delegate.Options{VM: rt, Containerd: conn, Logger: log}), criListener: listener,
+		admin: runtime.NewAdminServer(rt), adminListener: admin,
+	}
+	return s.answer(ctx, rt, log)
+}
+
+// servers are what the daemon answers.
+type servers struct {
+	cri           *delegate.Server
+	criListener   net.Listener
+	admin         *runtime.AdminServer
+	adminListener net.Listener
 }
 
 // answer serves calls, recovers the pods, says that it is ready, and waits for the end.
-func answer(ctx context.Context, rt *runtime.Runtime, server *delegate.Server, listener net.Listener, log *slog.Logger) error {
+func (s servers) answer(ctx context.Context, rt *runtime.Runtime, log *slog.Logger) error {
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return server.Serve(listener) })
+	g.Go(func() error { return s.cri.Serve(s.criListener) })
+	g.Go(func() error { return s.admin.Serve(s.adminListener) })
 	g.Go(func() error {
 		if err := rt.Recover(ctx); err != nil {
 			return fmt.Errorf("recover pods: %w", err)
 		}
-		server.SetReady()
-		log.Info("ready", "socket", listener.Addr().String(), "version", runtime.Version())
+		s.cri.SetReady()
+		s.admin.SetReady()
+		log.Info("ready", "socket", s.criListener.Addr().String(), "version", runtime.Version())
 		return notify(daemon.SdNotifyReady)
 	})
 	g.Go(func() error {
@@ -81,8 +102,10 @@ func answer(ctx context.Context, rt *runtime.Runtime, server *delegate.Server, l
 		err := notify(daemon.SdNotifyStopping)
 		stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
 		defer cancel()
-		server.Stop(stop)
-		return err
+		var end errgroup.Group
+		end.Go(func() error { s.admin.Stop(stop); return nil })
+		s.cri.Stop(stop)
+		return errors.Join(err, end.Wait())
 	})
 	err := g.Wait()
 	if errors.Is(err, context.Canceled) {
@@ -110,14 +133,15 @@ func takeLock(path string) (*os.File, error) {
 }
 
 // listen makes the socket, only for root from its first moment on. It replaces the one that a killed daemon left.
-func listen(path string) (net.Listener, error) {
+// The key names it in the configuration.
+func listen(key, path string) (net.Listener, error) {
 	info, err := os.Lstat(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 	case err != nil:
 		return nil, err
 	case info.Mode().Type() != fs.ModeSocket:
-		return nil, fmt.Errorf("server.socket %s is there and not a socket; remove it or set another path", path)
+		return nil, fmt.Errorf("%s %s is there and not a socket; remove it or set another path", key, path)
 	default:
 		if err := os.Remove(path); err != nil {
 			return nil, err
@@ -126,6 +150,13 @@ func listen(path string) (net.Listener, error) {
 	// The mask is the whole process's, which does nothing else yet.
 	defer syscall.Umask(syscall.Umask(0o177))
 	return net.Listen("unix", path)
+}
+
+func ignoreClosed(err error) error {
+	if errors.Is(err, net.ErrClosed) {
+		return nil
+	}
+	return err
 }
 
 // closing adds the error of a deferred close to the function's own.

@@ -111,6 +111,7 @@ conf_dir = "{{.Root}}/cni/conf"
 
 const vmruntimeConfig = `[server]
 socket = "{{.Root}}/run/vmruntime.sock"
+admin_socket = "{{.Root}}/run/admin.sock"
 root = "{{.Root}}/vmruntime/root"
 state = "{{.Root}}/run/s"
 log_level = "{{.LogLevel}}"
