@@ -30,7 +30,7 @@ type disk struct {
 // The disks that can be made.
 const (
 	TinyDisk    = "tiny"        // qcow2 of a small system that boots fast, see tiny/init
-	TinyRaw     = "tiny-raw"    // the same, raw
+	TinyRaw     = "tiny-raw"    // the same with Debian's full kernel, raw; takes longer to boot
 	TinyKernel  = "tiny-kernel" // a directory with its kernel (vmlinuz) and initramfs (initrd)
 	DebianRoot  = "debian-root" // tar archive of Debian 12's files, from packages
 	DebianDisk  = "debian"      // qcow2 of Debian 12 as a cloud image has it

@@ -26,7 +26,7 @@ import (
 // The images that hold a disk, or are wrong in a way of their own. Handler makes each when it is pulled first.
 const (
 	Tiny       = "vmruntime.test/tiny:1"       // TinyDisk at /disk/tiny.qcow2
-	TinyImg    = "vmruntime.test/tiny-raw:1"   // TinyRaw at /disk/tiny.img
+	TinyImg    = "vmruntime.test/tiny-raw:1"   // TinyRaw at /disk/tiny.img: SATA, graphics, watchdog
 	TinyAtRoot = "vmruntime.test/tiny-root:1"  // TinyDisk at /tiny.qcow2
 	KernelBoot = "vmruntime.test/kernelboot:1" // TinyKernel at /boot/vmlinuz and /boot/initrd, no disk
 	Debian     = "vmruntime.test/debian:1"     // DebianDisk at /disk/debian.qcow2

@@ -18,14 +18,18 @@ import (
 	"github.com/u-root/u-root/pkg/cpio"
 )
 
-// tinyKernelPackage has the kernel, by a dependency. It is signed, for Secure Boot. Debian leaves the drivers of SATA
-// controllers, graphics and watchdogs out of it.
-const tinyKernelPackage = "linux-image-cloud-amd64"
+// The packages that have the kernel, by a dependency; both kernels are signed, for Secure Boot. Debian leaves the
+// drivers of SATA controllers, graphics and watchdogs out of the one for clouds. The other takes much longer to
+// unpack itself.
+const (
+	tinyKernelPackage = "linux-image-cloud-amd64"
+	fullKernelPackage = "linux-image-amd64"
+)
 
 // tinyPackages are where the tiny system's files come from.
 func tinyPackages() []string {
 	return []string{
-		tinyKernelPackage, "busybox", "libc6", "qemu-guest-agent", "dhcpcd-base",
+		tinyKernelPackage, fullKernelPackage, "busybox", "dash", "libc6", "qemu-guest-agent", "dhcpcd-base",
 		"libglib2.0-0", "libnuma1", "libudev1", "liburing2", "libpcre2-8-0",
 	}
 }
@@ -36,6 +40,11 @@ func tinyModules() []string {
 		"virtio_pci", "virtio_blk", "virtio_net", "virtio_scsi", "sd_mod", "sr_mod", "isofs", "vfat", "nls_cp437", "nls_ascii", "nls_utf8", "virtiofs", "virtio_console",
 		"virtio_balloon", "virtio_rng", "pvpanic_pci", "button", "evdev", "efivarfs", "qemu_fw_cfg",
 	}
+}
+
+// fullModules are those that only the full kernel has as modules.
+func fullModules() []string {
+	return []string{"ext4", "crc32c_generic", "ahci", "i6300esb", "virtio-gpu", "bochs"}
 }
 
 // tinyCmdline leaves a panicked kernel standing, as distributions do.
@@ -53,12 +62,13 @@ type tinySystem struct {
 	debs   *debs
 }
 
-func (b *diskBuild) tinySystem() (*tinySystem, error) {
-	name, err := kernelPackage(tinyKernelPackage)
+// tinySystem collects the system for the kernel of a package.
+func (b *diskBuild) tinySystem(kernel string) (*tinySystem, error) {
+	name, err := kernelPackage(kernel)
 	if err != nil {
 		return nil, err
 	}
-	d, err := openDebs(append(slices.Clone(tinyPackages()), name)...)
+	d, err := openDebs(append(tinyPackages(), name)...)
 	if err != nil {
 		return nil, err
 	}
@@ -70,12 +80,16 @@ func (b *diskBuild) tinySystem() (*tinySystem, error) {
 		return nil, err
 	}
 	release := strings.TrimPrefix(name, "linux-image-")
-	kernel, ok := d.files["boot/vmlinuz-"+release]
+	image, ok := d.files["boot/vmlinuz-"+release]
 	if !ok {
 		return nil, fmt.Errorf("package %s has no kernel of release %q", name, release)
 	}
-	s.kernel = kernel.data
-	return s, s.modules(b, release)
+	s.kernel = image.data
+	modules := tinyModules()
+	if kernel == fullKernelPackage {
+		modules = append(modules, fullModules()...)
+	}
+	return s, s.modules(b, release, modules)
 }
 
 // kernelPackage is the kernel that a metapackage depends on.
@@ -93,8 +107,12 @@ func kernelPackage(meta string) (string, error) {
 }
 
 func (s *tinySystem) busybox() error {
-	if err := s.debs.copyTo(s.base, "bin/busybox"); err != nil {
-		return err
+	// The console's shell is one that does not edit lines: what is typed early is kept, and nothing is asked of a
+	// terminal that is a test.
+	for _, name := range []string{"bin/busybox", "bin/dash"} {
+		if err := s.debs.copyTo(s.base, name); err != nil {
+			return err
+		}
 	}
 	applets, err := appletNames(s.base["bin/busybox"].data)
 	if err != nil {
@@ -112,7 +130,7 @@ func (s *tinySystem) busybox() error {
 func (s *tinySystem) scripts() error {
 	places := map[string]string{
 		"init": "init", "rc": "etc/rc", "rc.late": "usr/sbin/rc.late", "inittab": "etc/inittab",
-		"profile": "etc/profile", "udhcpc.script": "etc/udhcpc.script", "PWRF": "etc/acpi/PWRF/00000080",
+		"profile": "etc/profile", "udhcpc.script": "etc/udhcpc.script", "dhcpcd.conf": "etc/dhcpcd.conf", "PWRF": "etc/acpi/PWRF/00000080",
 	}
 	err := fs.WalkDir(sources, "tiny", func(name string, entry fs.DirEntry, err error) error {
 		if err != nil || entry.IsDir() {
@@ -136,13 +154,13 @@ func (s *tinySystem) scripts() error {
 		s.base.dir(dir, 0o755)
 	}
 	s.base.dir("tmp", 0o1777)
-	s.base.file("etc/passwd", 0o644, "root:x:0:0:root:/:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n_dhcpcd:x:100:100:dhcpcd:/usr/lib/dhcpcd:/bin/false\n")
-	s.base.file("etc/group", 0o644, "root:x:0:\nnogroup:x:65534:\n_dhcpcd:x:100:\n")
+	s.base.file("etc/passwd", 0o644, "root:x:0:0:root:/:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n")
+	s.base.file("etc/group", 0o644, "root:x:0:\nnogroup:x:65534:\n")
 	return err
 }
 
 // modules adds the modules and depmod's index of them.
-func (s *tinySystem) modules(b *diskBuild, release string) error {
+func (s *tinySystem) modules(b *diskBuild, release string, names []string) error {
 	dir := path.Join("lib/modules", release)
 	all, some := b.path("modules"), b.path("modules-used")
 	for name, n := range s.debs.files {
@@ -159,7 +177,7 @@ func (s *tinySystem) modules(b *diskBuild, release string) error {
 	if err != nil {
 		return err
 	}
-	used, err := moduleClosure(string(depends), tinyModules())
+	used, err := moduleClosure(string(depends), names)
 	if err != nil {
 		return err
 	}
@@ -195,7 +213,7 @@ func moduleClosure(depends string, names []string) ([]string, error) {
 	}
 	files := map[string]bool{}
 	for _, name := range names {
-		line, ok := lines[name]
+		line, ok := lines[strings.ReplaceAll(name, "-", "_")]
 		if !ok {
 			return nil, fmt.Errorf("the kernel has no module %q", name)
 		}
@@ -264,7 +282,7 @@ func (s *tinySystem) root(dir string) error {
 		}
 	}
 	for name, n := range s.debs.files {
-		if strings.HasPrefix(name, "usr/lib/dhcpcd/") || name == "etc/dhcpcd.conf" {
+		if strings.HasPrefix(name, "usr/lib/dhcpcd/") {
 			root.put(name, n)
 		}
 	}
@@ -301,7 +319,7 @@ func (t tree) writeTo(dir string) error {
 }
 
 func makeTinyKernel(b *diskBuild, out string) error {
-	s, err := b.tinySystem()
+	s, err := b.tinySystem(tinyKernelPackage)
 	if err != nil {
 		return err
 	}
@@ -312,8 +330,19 @@ func makeTinyKernel(b *diskBuild, out string) error {
 	return errors.Join(writeBelow(out, "vmlinuz", s.kernel), writeBelow(out, "initrd", initrd))
 }
 
-func makeTinyRaw(b *diskBuild, out string) error {
-	s, err := b.tinySystem()
+func makeTinyDisk(b *diskBuild, out string) error {
+	raw := b.path("disk.raw")
+	if err := b.tinyDisk(tinyKernelPackage, raw); err != nil {
+		return err
+	}
+	return b.toQCOW2(raw, out)
+}
+
+func makeTinyRaw(b *diskBuild, out string) error { return b.tinyDisk(fullKernelPackage, out) }
+
+// tinyDisk writes the raw disk of the tiny system with the kernel of a package.
+func (b *diskBuild) tinyDisk(kernel, out string) error {
+	s, err := b.tinySystem(kernel)
 	if err != nil {
 		return err
 	}
@@ -330,14 +359,6 @@ func makeTinyRaw(b *diskBuild, out string) error {
 		efi: map[string][]byte{"vmlinuz": s.kernel, "initrd": initrd}, efiMiB: tinyEFIMiB,
 		grub: "linux /vmlinuz " + tinyCmdline + "\ninitrd /initrd\nboot\n",
 	}, out)
-}
-
-func makeTinyDisk(b *diskBuild, out string) error {
-	raw, err := Disk(TinyRaw)
-	if err != nil {
-		return err
-	}
-	return b.toQCOW2(raw, out)
 }
 
 // makeBackingDisk makes what a pod must never boot: a disk that says that most of it is in another file.
