@@ -205,7 +205,7 @@ func pump(to io.Writer, receive func() ([]byte, error)) error {
 // showConsole sends what is kept of the console of a guest of ours, which nobody can type on.
 func (g *guest) showConsole(ctx context.Context, open *vmpb.ConsoleRequest_Open, out io.Writer) error {
 	if open.GetInput() {
-		return fmt.Errorf("the console of a pod of containers can only be read; open it without input: %w", errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("the console of a pod of containers can only be read; open it without input (--read-only): %w", errdefs.ErrFailedPrecondition)
 	}
 	text, err := g.vm.Console(ctx)
 	if err != nil {

@@ -73,6 +73,7 @@ func command() *cobra.Command {
 		},
 		configCommand(config),
 		imageCommand(config),
+		vmCommand(config),
 		&cobra.Command{
 			Use:   "version",
 			Short: "Print the version",
