@@ -139,6 +139,9 @@ func (g *guest) followShare(server *qemu.ShareServer) {
 			return
 		case <-server.Done():
 		}
+		if g.ends(g.ctx) {
+			return // it ended with its QEMU
+		}
 		g.log.Warn("virtiofsd ended; its VM is ended too", "stderr", server.Stderr())
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(g.ctx), plugTimeout)
 		defer cancel()

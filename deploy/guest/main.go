@@ -136,10 +136,10 @@ func (b *builder) assemble(ctx context.Context, t target, kernelDeb debPackage, 
 		return fmt.Errorf("kernel and initramfs have %d bytes; at most %d would be right", size, sizeLimit)
 	}
 	m := manifest{
-		Arch: t.arch, Cmdline: cmdline(t), KernelRelease: release,
+		Kernel: "kernel", Initramfs: "initramfs", Arch: t.arch, Cmdline: cmdline(t), KernelRelease: release,
 		Packages: usedPackages(kernelDeb, crunDebs, owners),
 	}
-	if err := m.write(b.out, kernel, initramfs); err != nil {
+	if err := m.write(b.out, map[string][]byte{m.Kernel: kernel, m.Initramfs: initramfs, agentFile: init}); err != nil {
 		return err
 	}
 	b.log.Info("guest image", "dir", b.out, "release", release, "kernel", len(kernel), "initramfs", len(initramfs))

@@ -22,16 +22,23 @@ type manifest struct {
 	SHA256        map[string]string `json:"sha256"`
 }
 
+// agentFile is the agent as a program, for machines that run an operating system of their own.
+const agentFile = "agent/vmagent"
+
 // write puts the files into dir, each whole or not at all, the manifest last.
-func (m *manifest) write(dir string, kernel, initramfs []byte) error {
-	m.Kernel, m.Initramfs, m.SHA256 = "kernel", "initramfs", map[string]string{}
-	if err := os.MkdirAll(dir, 0o755); err != nil {
+func (m *manifest) write(dir string, files map[string][]byte) error {
+	m.SHA256 = map[string]string{}
+	if err := os.MkdirAll(filepath.Join(dir, filepath.Dir(agentFile)), 0o755); err != nil {
 		return err
 	}
-	for name, data := range map[string][]byte{m.Kernel: kernel, m.Initramfs: initramfs} {
+	for name, data := range files {
 		sum := sha256.Sum256(data)
 		m.SHA256[name] = hex.EncodeToString(sum[:])
-		if err := renameio.WriteFile(filepath.Join(dir, name), data, 0o644); err != nil {
+		mode := os.FileMode(0o644)
+		if name == agentFile {
+			mode = 0o755
+		}
+		if err := renameio.WriteFile(filepath.Join(dir, name), data, mode); err != nil {
 			return err
 		}
 	}

@@ -143,6 +143,8 @@ func use(t *testing.T) (context.Context, *bed) {
 	ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
 	from := fileSize(theBed.LogFile("vmruntime"))
 	t.Cleanup(func() {
+		cancel()
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
 		if leaks, err := theBed.Leaks(ctx); err != nil || len(leaks) > 0 {
 			t.Errorf("left on the node after the test: %v\n  %s", err, strings.Join(leaks, "\n  "))

@@ -205,7 +205,13 @@ func (p *pod) until(what string, holds func() bool) {
 
 func until(ctx context.Context, t *testing.T, what string, holds func() bool) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(ctx, 60*time.Second)
+	untilWithin(ctx, t, 60*time.Second, what, holds)
+}
+
+// untilWithin is until for what takes longer.
+func untilWithin(ctx context.Context, t *testing.T, limit time.Duration, what string, holds func() bool) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	for !holds() {
 		select {
