@@ -6,6 +6,7 @@ import (
 	"flag"
 	"fmt"
 	"math/rand"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -14,6 +15,8 @@ import (
 	"testing"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/vmruntime/vmruntime/runtime"
 )
 
 const (
@@ -196,6 +199,13 @@ type step struct {
 func (l *life) a() string { return l.name + "-a" }
 func (l *life) b() string { return l.name + "-b" }
 
+// shared is a directory that container b shares with the node, if there is a virtiofsd.
+func (l *life) shared(cfg *runtimeapi.ContainerConfig) {
+	if _, err := runtime.Default().QEMU.FindVirtiofsd(); err == nil {
+		cfg.Mounts = []*runtimeapi.Mount{{ContainerPath: "/shared", HostPath: filepath.Join(l.w.logs, "shared")}}
+	}
+}
+
 // steps are the whole life. The states are those that ListPodSandbox and ListContainers must give after the step; container
 // a ends by itself at any time after its start.
 func (l *life) steps() []step {
@@ -203,9 +213,11 @@ func (l *life) steps() []step {
 	a, b := "container "+l.a()+" ", "container "+l.b()+" "
 	return []step{
 		{"run", (*life).run, []string{pod}},
-		{"create a", func(l *life) error { return l.create(l.a(), fmt.Sprintf("lines %d 4ms", crashLines), "exit 5") }, []string{pod, a + "created"}},
+		{"create a", func(l *life) error {
+			return l.create(l.a(), []string{fmt.Sprintf("lines %d 4ms", crashLines), "exit 5"})
+		}, []string{pod, a + "created"}},
 		{"start a", func(l *life) error { return l.start(l.a()) }, []string{pod, a + "running|exited"}},
-		{"create b", func(l *life) error { return l.create(l.b(), "out begun", "trap bye", "wait") }, []string{pod, a + "running|exited", b + "created"}},
+		{"create b", func(l *life) error { return l.create(l.b(), []string{"out begun", "trap bye", "wait"}, l.shared) }, []string{pod, a + "running|exited", b + "created"}},
 		{"start b", func(l *life) error { return l.start(l.b()) }, []string{pod, a + "running|exited", b + "running"}},
 		{"exec b", (*life).exec, []string{pod, a + "running|exited", b + "running"}},
 		{"stop b", func(l *life) error { return l.w.stop(l.b(), 10) }, []string{pod, a + "running|exited", b + "exited"}},
@@ -298,7 +310,7 @@ func (l *life) adopt(ctx context.Context, id string) error {
 }
 
 // create likewise.
-func (l *life) create(name string, script ...string) error {
+func (l *life) create(name string, script []string, change ...func(*runtimeapi.ContainerConfig)) error {
 	ctx, cancel := call()
 	defer cancel()
 	list, err := l.w.rt.ListContainers(ctx, &runtimeapi.ListContainersRequest{})
@@ -312,7 +324,7 @@ func (l *life) create(name string, script ...string) error {
 			return nil
 		}
 	}
-	return l.w.create(l.name, name, script)
+	return l.w.create(l.name, name, script, change...)
 }
 
 // start starts the container, unless an unanswered call has.
@@ -366,6 +378,31 @@ func (l *life) endOfA() error {
 	}
 	if starts != 2 {
 		return fmt.Errorf("the guest was told %d times to start a container, want 2", starts)
+	}
+	return l.oneShare()
+}
+
+// oneShare holds that the pod has one virtiofsd, and none that somebody forgot.
+func (l *life) oneShare() error {
+	cfg := new(runtimeapi.ContainerConfig)
+	l.shared(cfg)
+	statuses, err := filepath.Glob("/proc/[0-9]*/cgroup")
+	if err != nil {
+		return err
+	}
+	var leaders []string
+	for _, file := range statuses {
+		proc := filepath.Dir(file)
+		cgroup, _ := os.ReadFile(file) // a process that has ended in the meantime reads as nothing
+		stat, _ := os.ReadFile(filepath.Join(proc, "stat"))
+		_, fields, _ := strings.Cut(string(stat), ") ")
+		leads := len(strings.Fields(fields)) > 3 && strings.Fields(fields)[3] == filepath.Base(proc)
+		if leads && strings.Contains(string(stat), "(virtiofsd)") && strings.Contains(string(cgroup), l.w.pods[l.name].id) {
+			leaders = append(leaders, proc)
+		}
+	}
+	if len(leaders) != len(cfg.Mounts) {
+		return fmt.Errorf("the pod's virtiofsds are %q, want %d", leaders, len(cfg.Mounts))
 	}
 	return nil
 }

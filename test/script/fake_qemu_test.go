@@ -267,7 +267,7 @@ func (r *rightsReader) Read(b []byte) (int, error) {
 	if n == 0 && err == nil {
 		return 0, io.EOF
 	}
-	return n, err
+	return max(n, 0), err // negative when the client was killed with answers unread
 }
 
 func (r *rightsReader) take() []int {
