@@ -32,18 +32,24 @@ func TestUsualClients(t *testing.T) {
 	}{
 		"udhcpc": {
 			[]string{"busybox", "udhcpc", "-i", "eth0", "-f", "-q", "-n", "-s", script, "-O", "search", "-O", "mtu", "-O", "staticroutes"},
-			[]string{"event=bound", "ip=10.99.0.2", "mask=24", "router=10.99.0.1", "dns=10.96.0.10", "hostname=web-0", "mtu=1400",
-				"search=default.svc.cluster.local cluster.local", "lease=4294967295"},
+			[]string{
+				"event=bound", "ip=10.99.0.2", "mask=24", "router=10.99.0.1", "dns=10.96.0.10", "hostname=web-0", "mtu=1400",
+				"search=default.svc.cluster.local cluster.local", "lease=4294967295",
+			},
 		},
 		"dhclient -4": {
 			[]string{"dhclient", "-4", "-1", "-d", "-v", "-sf", script, "-lf", lease + "4", "-pf", lease + "4.pid", "-cf", "/dev/null", "eth0"},
-			[]string{"event=BOUND", "new_ip_address=10.99.0.2", "new_subnet_mask=255.255.255.0", "new_routers=10.99.0.1",
-				"new_domain_name_servers=10.96.0.10"},
+			[]string{
+				"event=BOUND", "new_ip_address=10.99.0.2", "new_subnet_mask=255.255.255.0", "new_routers=10.99.0.1",
+				"new_domain_name_servers=10.96.0.10",
+			},
 		},
 		"dhclient -6": {
 			[]string{"dhclient", "-6", "-1", "-d", "-v", "-sf", script, "-lf", lease + "6", "-pf", lease + "6.pid", "-cf", "/dev/null", "eth0"},
-			[]string{"event=BOUND6", "new_ip6_address=fd99::2", "new_max_life=4294967295", "new_dhcp6_name_servers=fd96::10",
-				"new_dhcp6_domain_search=default.svc.cluster.local. cluster.local."},
+			[]string{
+				"event=BOUND6", "new_ip6_address=fd99::2", "new_max_life=4294967295", "new_dhcp6_name_servers=fd96::10",
+				"new_dhcp6_domain_search=default.svc.cluster.local. cluster.local.",
+			},
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

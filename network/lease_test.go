@@ -58,29 +58,40 @@ func TestLeases(t *testing.T) {
 		a      *Attachment
 		v4, v6 string
 	}{
-		"bridge": {bridged(),
+		"bridge": {
+			bridged(),
 			"10.0.0.5/24 by 10.0.0.1 router 10.0.0.1",
-			"[fd00::5] on link [fd00::/64]; fe80::766d:7200:0:1 for fd00::1 default true []"},
+			"[fd00::5] on link [fd00::/64]; fe80::766d:7200:0:1 for fd00::1 default true []",
+		},
 		"more routes than a router says": {
 			testAttachment([]string{"10.0.0.5/24"}, testRoute("10.0.0.0/24", ""), testRoute("10.9.0.0/16", "10.0.0.9"), testRoute("0.0.0.0/0", "10.0.0.1")),
-			"10.0.0.5/24 by 10.0.0.1 router 10.0.0.1 10.9.0.0/16 10.0.0.9, 0.0.0.0/0 10.0.0.1", "[] on link []"},
+			"10.0.0.5/24 by 10.0.0.1 router 10.0.0.1 10.9.0.0/16 10.0.0.9, 0.0.0.0/0 10.0.0.1", "[] on link []",
+		},
 		"gateway that no route covers": {
 			testAttachment([]string{"10.0.0.5/32"}, testRoute("0.0.0.0/0", "169.254.1.1"), testRoute("10.9.0.0/16", "169.254.1.1")),
-			"10.0.0.5/32 by 169.254.1.1 router 169.254.1.1 169.254.1.1/32 0.0.0.0, 10.9.0.0/16 169.254.1.1, 0.0.0.0/0 169.254.1.1", "[] on link []"},
+			"10.0.0.5/32 by 169.254.1.1 router 169.254.1.1 169.254.1.1/32 0.0.0.0, 10.9.0.0/16 169.254.1.1, 0.0.0.0/0 169.254.1.1", "[] on link []",
+		},
 		"own network behind the gateway": {
 			testAttachment([]string{"10.0.0.5/24"}, testRoute("10.0.0.1/32", ""), testRoute("10.0.0.0/24", "10.0.0.1"), testRoute("0.0.0.0/0", "10.0.0.1")),
-			"10.0.0.5/32 by 10.0.0.1 router 10.0.0.1 10.0.0.1/32 0.0.0.0, 10.0.0.0/24 10.0.0.1, 0.0.0.0/0 10.0.0.1", "[] on link []"},
-		"no routes": {testAttachment([]string{"10.0.0.5/24", "fd00::5/64"}, testRoute("10.0.0.0/24", ""), testRoute("fd00::/64", "")),
-			"10.0.0.5/24 by 192.0.0.8", "[fd00::5] on link [fd00::/64]; fe80::766d:7200:0:0 for invalid IP default false []"},
-		"another's link-local gateway": {testAttachment([]string{"fd00::5/128"}, testRoute("::/0", "fe80::9")),
-			"", "[fd00::5] on link []; fe80::9 for fe80::9 default true []"},
+			"10.0.0.5/32 by 10.0.0.1 router 10.0.0.1 10.0.0.1/32 0.0.0.0, 10.0.0.0/24 10.0.0.1, 0.0.0.0/0 10.0.0.1", "[] on link []",
+		},
+		"no routes": {
+			testAttachment([]string{"10.0.0.5/24", "fd00::5/64"}, testRoute("10.0.0.0/24", ""), testRoute("fd00::/64", "")),
+			"10.0.0.5/24 by 192.0.0.8", "[fd00::5] on link [fd00::/64]; fe80::766d:7200:0:0 for invalid IP default false []",
+		},
+		"another's link-local gateway": {
+			testAttachment([]string{"fd00::5/128"}, testRoute("::/0", "fe80::9")),
+			"", "[fd00::5] on link []; fe80::9 for fe80::9 default true []",
+		},
 		"several gateways": {
 			testAttachment([]string{"fd00::5/64", "fd00::6/64", "fe80::77/64"}, testRoute("fd00::/64", ""), testRoute("fd01::/48", "fd00::2"), testRoute("::/0", "fd00::1")),
-			"", "[fd00::5 fd00::6] on link [fd00::/64]; fe80::766d:7200:0:1 for fd00::2 default false [fd01::/48]; fe80::766d:7200:0:2 for fd00::1 default true []"},
+			"", "[fd00::5 fd00::6] on link [fd00::/64]; fe80::766d:7200:0:1 for fd00::2 default false [fd01::/48]; fe80::766d:7200:0:2 for fd00::1 default true []",
+		},
 		"the better of two routes, none of other tables": {
 			testAttachment([]string{"10.0.0.5/24"}, testRoute("10.0.0.0/24", ""), metric(testRoute("0.0.0.0/0", "10.0.0.2"), 200, 254),
 				metric(testRoute("0.0.0.0/0", "10.0.0.1"), 100, 254), metric(testRoute("0.0.0.0/0", "10.0.0.3"), 0, 100)),
-			"10.0.0.5/24 by 10.0.0.1 router 10.0.0.1", "[] on link []"},
+			"10.0.0.5/24 by 10.0.0.1 router 10.0.0.1", "[] on link []",
+		},
 		"no addresses": {testAttachment(nil), "", "[] on link []"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -241,8 +252,10 @@ func TestDHCPv6Conversation(t *testing.T) {
 		"request":             {message6(dhcpv6.MessageTypeRequest, server, association(1, "fd00::5")), "REPLY" + whole},
 		"request elsewhere":   {message6(dhcpv6.MessageTypeRequest, other, association(1, "fd00::5")), none},
 		"renew":               {message6(dhcpv6.MessageTypeRenew, server, association(1, "fd00::5")), "REPLY" + whole},
-		"renew of another address": {message6(dhcpv6.MessageTypeRenew, server, association(1, "fd00::9")),
-			"REPLY 1: fd00::5 for ever, fd00::9 no more;"},
+		"renew of another address": {
+			message6(dhcpv6.MessageTypeRenew, server, association(1, "fd00::9")),
+			"REPLY 1: fd00::5 for ever, fd00::9 no more;",
+		},
 		"rebind":              {message6(dhcpv6.MessageTypeRebind, association(1, "fd00::5")), "REPLY" + whole},
 		"confirm":             {message6(dhcpv6.MessageTypeConfirm, association(1, "fd00::5")), "REPLY Success"},
 		"confirm elsewhere":   {message6(dhcpv6.MessageTypeConfirm, association(1, "fd07::5")), "REPLY NotOnLink"},

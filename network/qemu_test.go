@@ -36,6 +36,7 @@ func TestRealMachine(t *testing.T) {
 	a := n.setup(request("real"))
 	defer respond(t, n, a, machineOptions).Close()
 	capture := captureFrom(t, a)
+	defer func() { checkNoLeak(t, capture()) }()
 	lines := bootMachine(t, n, a, out, realInit(t, busybox, beyond(t, "10.55.0.1"), beyond(t, "fd55::1")))
 	want := "told 10.99.0.2/24 router 10.99.0.1 dns 10.96.0.10 host web-0 mtu 1400 mac " + a.Interfaces[0].MAC +
 		" router6 fe80::766d:7200:0:1 mtu6 1400 4 hello 6 hello"
@@ -44,7 +45,6 @@ func TestRealMachine(t *testing.T) {
 			t.Fatalf("boot %d: the machine was %q; want %q", boot, got, want)
 		}
 	}
-	checkNoLeak(t, capture())
 }
 
 func staticBusybox(t *testing.T) []byte {
@@ -70,34 +70,34 @@ func realInit(t *testing.T, busybox []byte, server4, server6 string) []byte {
 		host, port, _ := net.SplitHostPort(hostPort)
 		return host + " " + port
 	}
-	script := `#!/bb sh
-/bb mkdir -p /proc /sys
-/bb mount -t proc proc /proc
-/bb mount -t sysfs sys /sys
-for m in $(/bb cat /etc/vmagent/modules.json | /bb tr -d '\n ' | /bb sed 's/.*"boot":\[\([^]]*\)\].*/\1/' | /bb tr -d '"' | /bb tr , ' '); do
-	/bb insmod /lib/modules/$m
+	script := `#!/busybox sh
+/busybox mkdir -p /proc /sys
+/busybox mount -t proc proc /proc
+/busybox mount -t sysfs sys /sys
+for m in $(/busybox cat /etc/vmagent/modules.json | /busybox tr -d '\n ' | /busybox sed 's/.*"boot":\[\([^]]*\)\].*/\1/' | /busybox tr -d '"' | /busybox tr , ' '); do
+	/busybox insmod /lib/modules/$m
 done
-/bb ip link set lo up
-/bb ip link set eth0 up
-/bb udhcpc -i eth0 -f -q -n -s /told -O mtu
-until /bb ip -6 route | /bb grep -q ^default; do /bb usleep 20000; done
-/bb ip -6 addr add fd99::2/128 dev eth0
-until [ "$h4" ]; do h4=$(/bb nc -w 5 ` + address(server4) + `); done
-until [ "$h6" ]; do h6=$(/bb nc -w 5 ` + address(server6) + `); done
-set -- $(/bb ip -6 route | /bb grep ^default)
-echo "TOLD $(/bb cat /told.out) mac $(/bb cat /sys/class/net/eth0/address) router6 $3 mtu6 $(/bb cat /proc/sys/net/ipv6/conf/eth0/mtu) 4 $h4 6 $h6 END"
-/bb reboot -f
+/busybox ip link set lo up
+/busybox ip link set eth0 up
+/busybox udhcpc -i eth0 -f -q -n -s /told -O mtu
+until /busybox ip -6 route | /busybox grep -q ^default; do /busybox usleep 20000; done
+/busybox ip -6 addr add fd99::2/128 dev eth0
+until [ "$h4" ]; do h4=$(/busybox nc -w 5 ` + address(server4) + `); done
+until [ "$h6" ]; do h6=$(/busybox nc -w 5 ` + address(server6) + `); done
+set -- $(/busybox ip -6 route | /busybox grep ^default)
+echo "TOLD $(/busybox cat /told.out) mac $(/busybox cat /sys/class/net/eth0/address) router6 $3 mtu6 $(/busybox cat /proc/sys/net/ipv6/conf/eth0/mtu) 4 $h4 6 $h6 END"
+/busybox reboot -f
 `
-	told := `#!/bb sh
+	told := `#!/busybox sh
 [ $1 = bound ] || exit 0
 echo "$ip/$mask router $router dns $dns host $hostname mtu $mtu" >/told.out
-/bb ip link set eth0 mtu $mtu
-/bb ip addr add $ip/$mask dev eth0
-/bb ip route add default via $router
+/busybox ip link set eth0 mtu $mtu
+/busybox ip addr add $ip/$mask dev eth0
+/busybox ip route add default via $router
 `
 	var archive bytes.Buffer
 	w := cpio.Newc.Writer(&archive)
-	for name, text := range map[string]string{"bb": string(busybox), "test-init": script, "told": told} {
+	for name, text := range map[string]string{"busybox": string(busybox), "test-init": script, "told": told} {
 		if err := w.WriteRecord(cpio.StaticFile(name, text, 0o755)); err != nil {
 			t.Fatal(err)
 		}
@@ -174,6 +174,9 @@ func toldBy(lines <-chan string) string {
 			return "told " + text
 		}
 		all = append(all, line)
+		if strings.Contains(line, "Kernel panic") {
+			break
+		}
 	}
 	return "silent; the console has\n" + strings.Join(all, "\n")
 }
