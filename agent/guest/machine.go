@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"os/user"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -109,7 +110,7 @@ func machineSpec(data []byte) (*specs.Process, error) {
 			return nil, fmt.Errorf("process.%s is not possible in a machine, leave it out: %w", name, errdefs.ErrInvalidArgument)
 		}
 	}
-	for _, s := range append(p.Args[:len(p.Args):len(p.Args)], p.Env...) {
+	for _, s := range append(slices.Clip(p.Args), p.Env...) {
 		if strings.IndexByte(s, 0) >= 0 {
 			return nil, fmt.Errorf("process.args or env %q: a NUL byte is not possible: %w", s, errdefs.ErrInvalidArgument)
 		}
@@ -333,10 +334,7 @@ func (m *machineSession) Stats(context.Context, *agentpb.StatsRequest) (*agentpb
 
 // Shutdown has the system shut itself down, after the answer.
 func (m *machineSession) Shutdown(context.Context, *agentpb.ShutdownRequest) (*agentpb.Empty, error) {
-	m.work.Go(func() {
-		time.Sleep(shutdownDelay)
-		m.shutdownMachine()
-	})
+	m.afterAnswer(m.shutdownMachine)
 	return &agentpb.Empty{}, nil
 }
 

@@ -257,11 +257,16 @@ func (s *Server) Shutdown(ctx context.Context, _ *agentpb.ShutdownRequest) (*age
 		}
 	}
 	unix.Sync()
+	s.afterAnswer(s.opts.PowerOff)
+	return &agentpb.Empty{}, nil
+}
+
+// afterAnswer runs f when the answer to the call under way has had the time to reach the host.
+func (s *Server) afterAnswer(f func()) {
 	s.work.Go(func() {
 		time.Sleep(shutdownDelay)
-		s.opts.PowerOff()
+		f()
 	})
-	return &agentpb.Empty{}, nil
 }
 
 // shutdownDelay lets the answer reach the host before the power goes.

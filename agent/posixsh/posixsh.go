@@ -8,6 +8,7 @@ package posixsh
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"unicode/utf8"
 
@@ -41,7 +42,7 @@ func Command(args, env []string) (string, error) {
 	for _, a := range args {
 		words = append(words, quote(a))
 	}
-	for _, s := range append(env[:len(env):len(env)], args...) {
+	for _, s := range append(slices.Clip(env), args...) {
 		if strings.IndexByte(s, 0) >= 0 {
 			return "", fmt.Errorf("args or env %q: a NUL byte is not possible: %w", s, errdefs.ErrInvalidArgument)
 		}

@@ -272,10 +272,11 @@ func testExecBlocked(t *testing.T, g *testGuest, c *Client) {
 }
 
 func testExecCancel(t *testing.T, g *testGuest, c *Client) {
-	ctx, cancel := context.WithTimeoutCause(deadline(t, time.Minute), 2*time.Second, errors.New("probe timed out"))
+	probe := errors.New("probe timed out")
+	ctx, cancel := context.WithTimeoutCause(deadline(t, time.Minute), 2*time.Second, probe)
 	defer cancel()
 	_, err := c.Exec(ctx, Command{Args: []string{"sh", "-c", "trap '' TERM HUP; sleep 7771 & (sleep 7772; sleep 7773) & sleep 7774"}})
-	if err == nil || err.Error() != "probe timed out" {
+	if !errors.Is(err, probe) {
 		t.Errorf("error %v", err)
 	}
 	if left := g.processes(t, "sleep\x00777"); len(left) > 0 {
@@ -381,6 +382,7 @@ func TestExecWithout(t *testing.T) {
 
 // An agent that stands still costs the caller its patience, and what it says later is not taken for something else.
 func TestStandstill(t *testing.T) {
+	t.Parallel()
 	g := newGuest(t, "")
 	c := g.dial(t)
 	if err := c.Ping(deadline(t, time.Minute)); err != nil {
@@ -400,6 +402,7 @@ func TestStandstill(t *testing.T) {
 
 // The connection outlives the guest's boot, and what an earlier client has left behind.
 func TestReboot(t *testing.T) {
+	t.Parallel()
 	g := newGuest(t, "")
 	c := g.dial(t)
 	ctx := deadline(t, 2*time.Minute)

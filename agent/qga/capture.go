@@ -16,12 +16,11 @@ import (
 func (c *Client) capture(ctx context.Context, cmd Command, line string) (int32, error) {
 	pid, err := c.sh(ctx, captureScript("cd /; "+line))
 	kill := c.killSession
-	var refused *Error
-	if errors.As(err, &refused) {
+	if _, refused := errors.AsType[*Error](err); refused {
 		kill = c.killDirect
 		pid, err = c.spawn(ctx, cmd.Args, cmd.Env)
-		if errors.As(err, &refused) {
-			return notStarted(cmd, refused)
+		if e, refused := errors.AsType[*Error](err); refused {
+			return notStarted(cmd, e)
 		}
 	}
 	if err != nil {
@@ -66,8 +65,7 @@ func (c *Client) killSession(ctx context.Context, pid int64) error {
 func (c *Client) killDirect(ctx context.Context, pid int64) error {
 	n := strconv.FormatInt(pid, 10)
 	err := c.killBy(ctx, pid, []string{"kill", "-KILL", n})
-	var refused *Error
-	if errors.As(err, &refused) {
+	if _, refused := errors.AsType[*Error](err); refused {
 		err = c.killBy(ctx, pid, []string{"taskkill", "/T", "/F", "/PID", n})
 	}
 	return err

@@ -164,8 +164,7 @@ func (c *Client) stream(ctx context.Context, cmd Command, line string) (int32, e
 	}
 	dir := "/tmp/vmruntime-exec-" + hex.EncodeToString(raw[:])
 	pid, err := c.sh(ctx, streamScript(dir, line))
-	var refused *Error
-	if errors.As(err, &refused) {
+	if _, refused := errors.AsType[*Error](err); refused {
 		return 0, errNoStreaming // no /bin/sh
 	}
 	if err != nil {

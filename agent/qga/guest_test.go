@@ -138,7 +138,11 @@ func (g *testGuest) boot(t *testing.T, setup string, flags ...string) {
 	if err := g.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { g.halt() })
+	t.Cleanup(g.halt)
+	eventually(t, "the guest runs", func() bool {
+		children, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", g.cmd.Process.Pid))
+		return err == nil && len(bytes.Fields(children)) > 0
+	})
 }
 
 // halt ends everything in the guest.
@@ -223,7 +227,7 @@ func (g *testGuest) signal(t *testing.T, sig syscall.Signal) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, f := range bytes.Fields(list) {
+	for f := range bytes.FieldsSeq(list) {
 		var pid int
 		if _, err := fmt.Sscan(string(f), &pid); err != nil {
 			t.Fatal(err)

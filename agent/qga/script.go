@@ -32,9 +32,16 @@ const (
 const pumps = `pump() { i=0; while :; do dd bs=65536 count=32 of=$1.$i 2>/dev/null; [ -s $1.$i ] || break; i=$((i+1)); ` +
 	`while [ -s $1.$((i-` + filesAhead + `)) ]; do ` + posixsh.Sleep + `; done; done; : >$1.end; }; `
 
-// finish ends what is left in the directory it is in: with kill, also the command.
+// finish ends what is left in the directory it is in: with kill, also the command. Given the agent's child too, it waits
+// for the end of that, lest it makes the directory anew; else it runs in the supervisor's session, and its own end is last.
 const finish = posixsh.KillSession + `; finish() { : >stop; d=$PWD; s=; c=; [ -s sup ] && read s <sup; [ -s pid ] && read c <pid; ` +
-	`[ "$1" ] && [ "$c" ] && kill_session "$c"; cd /; rm -rf "$d"; [ "$s" ] && kill_session "$s"; :; } 2>/dev/null; `
+	`[ "$1" ] && [ "$c" ] && kill_session "$c"; cd /; ` +
+	`[ "$2" ] && { [ "$s" ] && kill_session "$s"; gone "$2"; }; ` +
+	// Who still writes into it makes it fail.
+	`n=0; until rm -rf "$d" || [ $n -ge 50 ]; do ` + posixsh.Sleep + `; n=$((n+1)); done; ` +
+	`[ "$s" ] && kill_session "$s"; :; } 2>/dev/null; ` +
+	`gone() { n=0; while case "$(tr '\0' ' ' </proc/$1/cmdline)" in *"$d"*) :;; *) false;; esac; do ` +
+	`[ $n -lt 50 ] || { kill -KILL $1; return; }; ` + posixsh.Sleep + `; n=$((n+1)); done; } 2>/dev/null; `
 
 const watchdog = `watch() { m=0; while sleep 20; do [ -e sup ] || exit; if [ -s lease ]; then m=$((m+1)); [ $m -lt 3 ] || finish kill; ` +
 	`else m=0; echo x >lease; fi; done; }; `
@@ -53,16 +60,11 @@ func streamScript(dir, command string) string {
 // cleanupScript ends a streamScript, whose process is pid. The directory is made here if it is not there yet, so that it
 // cannot be made behind our back.
 func cleanupScript(dir, pid string, kill bool) string {
-	argument := ""
+	how := `""`
 	if kill {
-		argument = " kill"
+		how = "kill"
 	}
-	return killOuter(dir, pid) + finish + `mkdir -m 700 ` + dir + ` 2>/dev/null; cd ` + dir + ` && finish` + argument + `; :`
-}
-
-// killOuter kills the agent's child if the number is still its.
-func killOuter(dir, pid string) string {
-	return `case "$(tr '\0' ' ' </proc/` + pid + `/cmdline)" in *` + dir + `*) kill -KILL ` + pid + `;; esac 2>/dev/null; `
+	return finish + `mkdir -m 700 ` + dir + ` 2>/dev/null; cd ` + dir + ` && finish ` + how + ` ` + pid + `; :`
 }
 
 // word quotes a script for a shell.

@@ -102,8 +102,7 @@ type exitStatus struct {
 func (c *Client) open(ctx context.Context) (*session, error) {
 	s := &session{client: c, link: c.main, ended: make(chan struct{}), closed: make(chan struct{})}
 	err := s.openChannel(ctx)
-	var refused *ssh.OpenChannelError
-	if errors.As(err, &refused) {
+	if _, refused := errors.AsType[*ssh.OpenChannelError](err); refused {
 		if s.link, err = c.connect(ctx); err != nil {
 			return nil, err
 		}

@@ -213,12 +213,13 @@ func testStdinNotRead(t *testing.T, c *Client) {
 }
 
 func testCancel(t *testing.T, g *testGuest, c *Client) {
+	probe := errors.New("probe timed out")
 	for _, tty := range []bool{false, true} {
-		ctx, cancel := context.WithTimeoutCause(deadline(t, time.Minute), 2*time.Second, errors.New("probe timed out"))
+		ctx, cancel := context.WithTimeoutCause(deadline(t, time.Minute), 2*time.Second, probe)
 		begin := time.Now()
 		_, err := c.Exec(ctx, Command{TTY: tty, Args: []string{"sh", "-c", "trap '' TERM HUP; sleep 7771 & (sleep 7772; sleep 7773) & sleep 7774"}})
 		cancel()
-		if err == nil || err.Error() != "probe timed out" || time.Since(begin) > 10*time.Second {
+		if !errors.Is(err, probe) || time.Since(begin) > 10*time.Second {
 			t.Errorf("error %v after %s", err, time.Since(begin))
 		}
 		if left := g.processes(t, "sleep\x00777"); len(left) > 0 {
