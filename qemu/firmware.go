@@ -51,9 +51,7 @@ func FindFirmware(dirs []string, arch string, secureBoot bool) (Firmware, error)
 			return Firmware{}, err
 		}
 		if d.fits(arch, machine, secureBoot) && d.installed() {
-			return Firmware{
-				Code: d.Mapping.Executable.Filename, Vars: d.Mapping.NVRAM.Filename, Format: d.Mapping.Executable.Format, SecureBoot: secureBoot,
-			}, nil
+			return d.firmware(secureBoot)
 		}
 	}
 	kind := "EFI"
@@ -110,6 +108,17 @@ func (d *firmwareDescriptor) fits(arch, machine string, secureBoot bool) bool {
 		}
 	}
 	return false
+}
+
+// firmware names the files themselves: distributions describe them by symbolic links, which Start does not follow.
+func (d *firmwareDescriptor) firmware(secureBoot bool) (Firmware, error) {
+	f := Firmware{Format: d.Mapping.Executable.Format, SecureBoot: secureBoot}
+	var err error
+	if f.Code, err = filepath.EvalSymlinks(d.Mapping.Executable.Filename); err != nil {
+		return f, err
+	}
+	f.Vars, err = filepath.EvalSymlinks(d.Mapping.NVRAM.Filename)
+	return f, err
 }
 
 func (d *firmwareDescriptor) installed() bool {
