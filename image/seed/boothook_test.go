@@ -26,7 +26,7 @@ func hookInput() Input {
 	in.Disks = []Disk{{Serial: "vol-data", Bus: "virtio", Link: "/dev/xvda"}, {Serial: "vol-logs", Bus: "scsi", Link: "/run/disks/logs"}}
 	in.Shares = []Share{
 		{Name: "v2", Path: "/run/t/data/nested dir/it's", ReadOnly: true},
-		{Name: "v1", Path: "/run/t/data"},
+		{Name: "v1", Path: "/run/link/data"}, // /run/link leads to /run/t
 		{Name: "v3", Path: "/run/t/file"},
 		{Name: "v4", Path: "/run/t/missing"},
 	}
@@ -63,6 +63,7 @@ mount --bind "$PWD/etc" /etc; mount --bind "$PWD/root" /root; mount --bind "$PWD
 HOOKS=$PWD; cd /
 mount -t tmpfs tmpfs /run
 mkdir -p /run/vmruntime/shares; mount -t tmpfs tmpfs /run/vmruntime/shares
+ln -s t /run/link; mkdir /run/t
 cd /run/vmruntime/shares; mkdir v1 v2; echo hello >v1/greeting; echo secret >v2/key; echo text >v3; cd /
 ip link add eth0 address 02:00:0a:f4:00:07 type veth peer name peer
 ip link set peer up; ip link set eth0 up
@@ -116,7 +117,7 @@ fstab:
 # the
 /dev/vda1 /
 shares /run/vmruntime/shares
-/run/vmruntime/shares/v1 /run/t/data
+/run/vmruntime/shares/v1 /run/link/data
 /run/vmruntime/shares/v2 /run/t/data/nested\040dir/it's
 /run/vmruntime/shares/v3 /run/t/file
 /run/vmruntime/shares/v4 /run/t/missing
@@ -141,7 +142,7 @@ exported: it's "$HOME" \ ` + "`x`" + `
 and more
 files:
 /etc/systemd/system/multi-user.target.wants:
-vmruntime-agent.service
+vmagent.service
 
 /etc/udev/rules.d:
 10.rules
@@ -168,7 +169,7 @@ func TestBootHook(t *testing.T) {
 func TestBootHookTwice(t *testing.T) {
 	hook := hookInput().bootHook()
 	const again = `
-list() { find /etc /root /var/lib -type f -printf '%T@ %i %p\n' | sort; }
+list() { find /etc /root /var/lib -type f -printf '%T@ %i %p\n' | sort; grep /run/ /proc/self/mountinfo; }
 before=$(list); sh "$HOOKS/hook0"; [ "$before" = "$(list)" ] || { echo "written again:"; echo "$before"; list; }
 `
 	if diff := cmp.Diff(configured, guest(t, again+report, hook)); diff != "" {
@@ -180,7 +181,7 @@ before=$(list); sh "$HOOKS/hook0"; [ "$before" = "$(list)" ] || { echo "written 
 func TestBootHookOtherPod(t *testing.T) {
 	const left = `
 cat /root/.ssh/authorized_keys /etc/fstab /etc/vmruntime/env
-find /etc /var/lib -name '*vmruntime*' | sort
+find /etc /var/lib -name '*vmruntime*' -o -name '*vmagent*' | sort
 `
 	const want = userKey + "\nssh-rsa BBBB vmruntime-exec x\n# the user's\n/dev/vda1 / ext4 defaults 0 1\n# The environment of the pod's container.\n" +
 		"/etc/profile.d/vmruntime.sh\n/etc/vmruntime\n/var/lib/cloud/scripts/per-boot/vmruntime-exec-key\n"

@@ -47,18 +47,18 @@ route() {
 	ip "$family" route add "$to" "$@" dev "$dev" || say "cannot add the route to $to"
 }
 
-# attach PATH IN-FSTAB SOURCE: mounts by /etc/fstab what is not mounted yet.
+# attach PATH SOURCE: mounts by /etc/fstab what is not mounted yet. The kernel tells paths without symbolic links, and blanks by their numbers.
 attach() {
-	cut -d' ' -f5 /proc/self/mountinfo | grep -qxF -- "$2" && return
-	if [ -n "$3" ] && [ ! -e "$3" ]; then
-		say "cannot mount $1: there is no $3"
+	if [ -n "$2" ] && [ ! -e "$2" ]; then
+		say "cannot mount $1: there is no $2"
 		return
-	elif [ -f "$3" ]; then
+	elif [ -f "$2" ]; then
 		mkdir -p "${1%/*}" && { [ -e "$1" ] || : >"$1"; }
 	else
 		mkdir -p "$1"
 	fi
-	mount "$1" || say "cannot mount $1"
+	real=$(readlink -f "$1" | sed 's/\\/\\134/g; s/ /\\040/g; s/	/\\011/g')
+	cut -d' ' -f5 /proc/self/mountinfo | grep -qxF -- "$real" || mount "$1" || say "cannot mount $1"
 }
 `
 
@@ -108,7 +108,7 @@ func (in Input) bootHook() []byte {
 	b.WriteString(in.agentScript())
 	b.WriteString("[ -z \"$changed\" ] || [ ! -d /run/systemd/system ] || systemctl daemon-reload\n")
 	for _, m := range in.mounts() {
-		fmt.Fprintf(&b, "attach %s %s %s\n", quote(m.target), quote(fstabField(m.target)), quote(m.below))
+		fmt.Fprintf(&b, "attach %s %s\n", quote(m.target), quote(m.below))
 	}
 	if in.Agent {
 		b.WriteString("[ ! -d /run/systemd/system ] || systemctl start --no-block " + agentUnit + "\n")
@@ -206,7 +206,7 @@ func (in Input) diskScript() string {
 		"changed=$changed$was\n" + links.String()
 }
 
-const agentUnit = "vmruntime-agent.service"
+const agentUnit = "vmagent.service"
 
 // agentText runs the agent from the share, so that it is always as new as the node's.
 const agentText = `[Unit]

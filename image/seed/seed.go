@@ -10,7 +10,7 @@
 //
 // Invariants. User-data is never changed, so it means what its author meant; cloud-init lets it win over vendor-data, where all of ours is. What is ours is
 // a boot hook, a script that cloud-init runs at every boot, and no cloud-config list, since of those cloud-init would keep only the user's. The boot
-// hook owns what it names (files with vmruntime in their name, lines of /etc/fstab with x-vmruntime, the one key with the comment
+// hook owns what it names (files with vmruntime in their name and vmagent.service, lines of /etc/fstab with x-vmruntime, the one key with the comment
 // vmruntime-exec), writes it anew each time, and touches nothing else: it may run any number of times, also on a disk that another pod had before. User-data
 // that says `vendor_data: {enabled: false}` refuses it all.
 //

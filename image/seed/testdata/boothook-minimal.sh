@@ -31,18 +31,18 @@ route() {
 	ip "$family" route add "$to" "$@" dev "$dev" || say "cannot add the route to $to"
 }
 
-# attach PATH IN-FSTAB SOURCE: mounts by /etc/fstab what is not mounted yet.
+# attach PATH SOURCE: mounts by /etc/fstab what is not mounted yet. The kernel tells paths without symbolic links, and blanks by their numbers.
 attach() {
-	cut -d' ' -f5 /proc/self/mountinfo | grep -qxF -- "$2" && return
-	if [ -n "$3" ] && [ ! -e "$3" ]; then
-		say "cannot mount $1: there is no $3"
+	if [ -n "$2" ] && [ ! -e "$2" ]; then
+		say "cannot mount $1: there is no $2"
 		return
-	elif [ -f "$3" ]; then
+	elif [ -f "$2" ]; then
 		mkdir -p "${1%/*}" && { [ -e "$1" ] || : >"$1"; }
 	else
 		mkdir -p "$1"
 	fi
-	mount "$1" || say "cannot mount $1"
+	real=$(readlink -f "$1" | sed 's/\\/\\134/g; s/ /\\040/g; s/	/\\011/g')
+	cut -d' ' -f5 /proc/self/mountinfo | grep -qxF -- "$real" || mount "$1" || say "cannot mount $1"
 }
 
 # kubectl exec
@@ -92,7 +92,7 @@ if [ -n "$fstab" ] || grep -qs "$ours" /etc/fstab; then
 	put /etc/fstab 0644 "$(grep -sv "$ours" /etc/fstab; printf %s "$fstab")
 "
 fi
-drop /etc/systemd/system/multi-user.target.wants/vmruntime-agent.service
-drop /etc/systemd/system/vmruntime-agent.service
+drop /etc/systemd/system/multi-user.target.wants/vmagent.service
+drop /etc/systemd/system/vmagent.service
 [ -z "$changed" ] || [ ! -d /run/systemd/system ] || systemctl daemon-reload
 exit 0
