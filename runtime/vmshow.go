@@ -177,8 +177,6 @@ func (g *guest) reboot(ctx context.Context) (by string, err error) {
 	if state := g.state(ctx); state != stateRunning {
 		return "", fmt.Errorf("the machine is %s, and can be asked nothing; resume it first, or reset it: %w", state, errdefs.ErrFailedPrecondition)
 	}
-	ctx, cancel := context.WithTimeout(ctx, 3*askTimeout)
-	defer cancel()
 	if g.agentNow() != nil {
 		if code, err := g.agentReboot(ctx); err == nil && code == 0 {
 			return "the agent vmagent", nil
@@ -203,8 +201,12 @@ func (g *guest) agentReboot(ctx context.Context) (int32, error) {
 	return g.agentExec(ctx, []string{"reboot"}, execIO{})
 }
 
+// rebootTimeout is longer than a guest agent's client waits for the answer of one that the reboot has ended before it could answer, which
+// is no error.
+const rebootTimeout = 25 * time.Second
+
 func (g *guest) askReboot(ctx context.Context, ga *qga.Client) error {
-	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	ctx, cancel := context.WithTimeout(ctx, rebootTimeout)
 	defer cancel()
 	return ga.Shutdown(ctx, qga.Reboot)
 }

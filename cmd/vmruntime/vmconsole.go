@@ -28,7 +28,7 @@ func consoleCommand(flags *vmFlags) *cobra.Command {
 All who have it open see the same, but only one may type; with --read-only one watches. What the terminal's keys send goes
 to the guest as it is, Ctrl-C too. A serial line knows no size: in the guest, "stty rows 50 cols 160" sets it.
 
-Of the guest of a pod of containers, --read-only shows the end of its kernel's messages.`,
+Of the guest of a pod of containers, --read-only shows the last messages of its kernel and agent.`,
 		Args: cobra.ExactArgs(1),
 	}
 	replay := cmd.Flags().Int32("replay", 0, "show this many `lines` of before first, of the last 64 KiB since the daemon started")
