@@ -89,8 +89,12 @@ func withPods(t *testing.T) *Runtime {
 		id, name, container string
 		stopped             bool
 	}{
-		{"aa1", "one", "cc1", false}, {"aa2", "two", "aa3", false}, {"bb1", "again", "cc2", true}, {"bb2", "again", "bb1c", false},
-		{"dd1", "twice", "dd1f", false}, {"dd2", "twice", "ee1", false},
+		{"aa1", "one", "cc1", false},
+		{"aa2", "two", "aa3", false},
+		{"bb1", "again", "cc2", true},
+		{"bb2", "again", "bb1c", false},
+		{"dd1", "twice", "dd1f", false},
+		{"dd2", "twice", "ee1", false},
 	} {
 		s := podStatus{ReadyAt: time.Now()}
 		if p.stopped {
