@@ -228,3 +228,41 @@ func TestHugePages(t *testing.T) {
 		t.Error("no memory in huge pages")
 	}
 }
+
+// The machine of arm64 with its devices, as far as its firmware goes.
+func TestEFIOfARM64(t *testing.T) {
+	needQEMU(t)
+	if _, err := exec.LookPath("qemu-system-aarch64"); err != nil {
+		t.Skip("needs qemu-system-aarch64 in PATH")
+	}
+	const dir = "/usr/share/AAVMF"
+	template, err := os.ReadFile(filepath.Join(dir, "AAVMF_VARS.fd"))
+	if err != nil {
+		t.Skipf("needs EFI of arm64 (Debian's qemu-efi-aarch64): %v", err)
+	}
+	vars := filepath.Join(t.TempDir(), "vars")
+	if err := os.WriteFile(vars, template, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, video := range []string{VideoStd, VideoVirtio} {
+		t.Run(video, func(t *testing.T) {
+			m := Machine{
+				Name: "vmruntime-test", Serial: "vmr-42", Arch: ArchARM64, Type: TypeARM64, Accel: AccelTCG, CPUModel: "cortex-a57", VCPUs: 2,
+				Firmware: &Firmware{Code: filepath.Join(dir, "AAVMF_CODE.fd"), Vars: vars, Format: "raw"},
+				Disks: []Disk{
+					{Serial: "root", Path: diskFile(t, "no system"), Format: "raw", Bus: BusVirtio, BootIndex: 1},
+					{Serial: "seed", Path: diskFile(t, "no seed"), Format: "raw", Bus: BusSATA, ReadOnly: true, CDROM: true},
+				},
+				TPMSocket: startSWTPM(t), ConsolePipe: true, ResetInPlace: true, Video: video, Watchdog: WatchdogReset, PanicDevice: true, Balloon: true,
+				GuestAgent: true, HotplugPorts: 1,
+			}
+			s := spec(t, m)
+			s.Binary = "qemu-system-aarch64"
+			v := start(t, s)
+			follow(t, v.Record()).seek("BdsDxe", "Exception")
+			if _, err := v.Screenshot(t.Context()); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
