@@ -1,6 +1,8 @@
 package vm_test
 
 import (
+	"errors"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -50,7 +52,7 @@ func mountTmpfs(t *testing.T, dir string) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("unmount %s: %v", dir, err)
 		}
 	})
@@ -94,6 +96,16 @@ func TestHostMounts(t *testing.T) {
 		c.expect("(echo x > "+path+") 2>&1 | grep -o 'Read-only file system'", "Read-only file system")
 	}
 	c.sh("echo x > /tree-ro/below/file") // read-only is not recursive unless asked
+
+	// What is mounted below a shared directory does not keep the node from taking the mount and its directory away.
+	below := at("tree/gone")
+	mountTmpfs(t, below)
+	other := p.start(with(idle("other"), func(c *runtimeapi.ContainerConfig) { c.Mounts = []*runtimeapi.Mount{mount("/tree", at("tree"))} }))
+	other.expect("ls /tree", "below\ngone")
+	if err := errors.Join(unix.Unmount(below, 0), os.Remove(below)); err != nil {
+		t.Error(err)
+	}
+	other.until("the directory is gone from the container", func() bool { return other.sh("ls /tree") == "below\n" })
 
 	// A container that comes later sees the same directory through the same share.
 	later := p.start(with(idle("later"), func(c *runtimeapi.ContainerConfig) { c.Mounts = []*runtimeapi.Mount{mount("/same", at("rw"))} }))

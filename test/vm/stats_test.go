@@ -138,6 +138,11 @@ func TestConfinement(t *testing.T) {
 			}
 		}
 	}
+	for _, ns := range []string{"user", "mnt", "net", "ipc"} {
+		if sameNamespace(t, info.Guest.Share.PID, b.VMRuntimePID(), ns) {
+			t.Errorf("virtiofsd is in vmruntime's %s namespace", ns)
+		}
+	}
 	c.expect("touch /m/file && echo ok", "ok")
 }
 
