@@ -178,15 +178,18 @@ func (g *guest) reboot(ctx context.Context) (by string, err error) {
 		return "", fmt.Errorf("the machine is %s, and can be asked nothing; resume it first, or reset it: %w", state, errdefs.ErrFailedPrecondition)
 	}
 	if g.agentNow() != nil {
-		if code, err := g.agentReboot(ctx); err == nil && code == 0 {
+		code, err := g.agentReboot(ctx)
+		if err == nil && code == 0 {
 			return "the agent vmagent", nil
 		}
+		g.log.Info("vmagent does not reboot the guest", "code", code, "error", err)
 	}
 	ga, err := g.guestAgent(ctx)
 	if err == nil {
 		if err = g.askReboot(ctx, ga); err == nil {
 			return "qemu-guest-agent", nil
 		}
+		g.log.Info("qemu-guest-agent does not reboot the guest", "error", err)
 	}
 	// There is no button for this: ACPI knows only one that powers off.
 	if keyErr := g.vm.CtrlAltDel(ctx); keyErr != nil {

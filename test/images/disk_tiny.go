@@ -154,6 +154,7 @@ func (s *tinySystem) scripts() error {
 		s.base.dir(dir, 0o755)
 	}
 	s.base.dir("tmp", 0o1777)
+	s.base.link("sbin/shutdown", "/usr/sbin/shutdown") // where the guest agent looks for it
 	s.base.file("etc/passwd", 0o644, "root:x:0:0:root:/:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n")
 	s.base.file("etc/group", 0o644, "root:x:0:\nnogroup:x:65534:\n")
 	return err
