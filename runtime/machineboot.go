@@ -214,22 +214,6 @@ func (c *container) addDisks(ctx context.Context, asked *annotation.Machine, m *
 	return nil
 }
 
-// populate writes the image's disk to the block volume that is to be the root disk, once. Without a disk in the image the volume boots
-// as it is.
-func (c *container) populate(ctx context.Context, root *blockVolume) error {
-	if !c.rec.Spec().Machine.Disk {
-		return nil
-	}
-	disk, err := c.rt.images.FindDisk(ctx, c.rec.Spec().ImageID, c.id)
-	if err != nil {
-		return err
-	}
-	if err := c.rt.images.Populate(ctx, disk, root.HostPath, nil); err != nil {
-		return fmt.Errorf("write the image's disk to the block volume at %s: %w", root.Path, err)
-	}
-	return nil
-}
-
 func diskBus(asked *annotation.Machine) string {
 	if asked.DiskBus == "scsi" {
 		return qemu.BusSCSI

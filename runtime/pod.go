@@ -330,6 +330,7 @@ func (p *pod) teardown(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), teardownTimeout)
 	defer cancel()
 	p.stopProjections()
+	p.rt.populations.stop(p)
 	return errors.Join(
 		p.endGuest(ctx, p.currentGuest()),
 		p.rt.net.Teardown(ctx, p.networkRequest()),

@@ -55,6 +55,8 @@ type Runtime struct {
 	secret    []byte
 	takenUIDs map[uint32]bool // of pods whose record is being written
 
+	populations populations
+
 	// ctx ends when the daemon stops; owned are the goroutines that end with it.
 	ctx    context.Context
 	cancel context.CancelFunc

@@ -125,6 +125,7 @@ func (rt *Runtime) stopPod(ctx context.Context, p *pod) error {
 	for _, c := range rt.containersOf(p.id) {
 		errs = append(errs, c.kill(ctx))
 	}
+	rt.populations.stop(p) // a start that waits for one holds life
 	p.life.Lock()
 	defer p.life.Unlock()
 	if g := p.currentGuest(); g != nil && g.machine == nil && g.alive() {
