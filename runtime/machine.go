@@ -46,6 +46,15 @@ const rootPath = "/"
 
 func (v blockVolume) isRoot() bool { return v.Path == rootPath }
 
+// device is the path of the block device itself: the kubelet gives a symbolic link to it, which QEMU's launcher would not follow.
+func (v blockVolume) device() (string, error) {
+	path, err := filepath.EvalSymlinks(v.HostPath)
+	if err != nil {
+		return "", fmt.Errorf("block volume at %s: %w", v.Path, err)
+	}
+	return path, nil
+}
+
 // rootVolume is the block volume that the machine boots from, if any.
 func (m *machineSpec) rootVolume() *blockVolume {
 	for i := range m.Volumes {

@@ -201,15 +201,24 @@ func (c *container) addDisks(ctx context.Context, asked *annotation.Machine, m *
 		})
 	}
 	if root := spec.rootVolume(); root != nil {
-		if err := c.populate(ctx, root); err != nil {
+		device, err := root.device()
+		if err != nil {
 			return err
 		}
-		m.Disks = append(m.Disks, qemu.Disk{Serial: root.Serial, Path: root.HostPath, Format: "raw", Bus: bus, BootIndex: 1})
+		if err := c.populate(ctx, root, device); err != nil {
+			return err
+		}
+		m.Disks = append(m.Disks, qemu.Disk{Serial: root.Serial, Path: device, Format: "raw", Bus: bus, BootIndex: 1})
 	}
 	for _, v := range spec.Volumes {
-		if !v.isRoot() {
-			m.Disks = append(m.Disks, qemu.Disk{Serial: v.Serial, Path: v.HostPath, Format: "raw", Bus: bus, ReadOnly: v.ReadOnly})
+		if v.isRoot() {
+			continue
 		}
+		device, err := v.device()
+		if err != nil {
+			return err
+		}
+		m.Disks = append(m.Disks, qemu.Disk{Serial: v.Serial, Path: device, Format: "raw", Bus: bus, ReadOnly: v.ReadOnly})
 	}
 	return nil
 }

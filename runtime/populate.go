@@ -43,12 +43,12 @@ func (w *population) percent() int64 {
 }
 
 // populate writes the image's disk to the block volume that is to be the root disk, once. Without a disk in the image the volume boots
-// as it is.
-func (c *container) populate(ctx context.Context, root *blockVolume) error {
+// as it is. device is the volume's.
+func (c *container) populate(ctx context.Context, root *blockVolume, device string) error {
 	if !c.rec.Spec().Machine.Disk {
 		return nil
 	}
-	w, err := c.population(root)
+	w, err := c.population(root, device)
 	if err != nil {
 		return err
 	}
@@ -65,10 +65,10 @@ func (c *container) populate(ctx context.Context, root *blockVolume) error {
 }
 
 // population returns the one that writes to the volume, or begins it. The caller holds the pod's life.
-func (c *container) population(root *blockVolume) (*population, error) {
+func (c *container) population(root *blockVolume, device string) (*population, error) {
 	var st unix.Stat_t
-	if err := unix.Stat(root.HostPath, &st); err != nil {
-		return nil, fmt.Errorf("block volume %q: %w", root.HostPath, err)
+	if err := unix.Stat(device, &st); err != nil {
+		return nil, fmt.Errorf("block volume at %s: %w", root.Path, err)
 	}
 	all, image := &c.rt.populations, c.rec.Spec().ImageID
 	all.mu.Lock()
@@ -87,7 +87,7 @@ func (c *container) population(root *blockVolume) (*population, error) {
 	all.byDevice[st.Rdev] = w
 	c.rt.owned.Go(func() {
 		defer cancel()
-		w.err = w.run(ctx, fmt.Sprintf("%s-root-%x", c.pod.id, st.Rdev), root.HostPath)
+		w.err = w.run(ctx, fmt.Sprintf("%s-root-%x", c.pod.id, st.Rdev), device)
 		all.mu.Lock()
 		delete(all.byDevice, st.Rdev)
 		all.mu.Unlock()
