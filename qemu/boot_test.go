@@ -104,9 +104,11 @@ func (s *sector) mapPCI() *sector {
 }
 
 func (s *sector) mov8(at uint16, v byte) *sector { return s.emit(0xc6, 0x06).emit(le16(at)...).emit(v) }
+
 func (s *sector) mov16(at, v uint16) *sector {
 	return s.emit(0xc7, 0x06).emit(le16(at)...).emit(le16(v)...)
 }
+
 func (s *sector) mov32(at uint16, v uint32) *sector {
 	return s.emit(0x66, 0xc7, 0x06).emit(le16(at)...).emit(le32(v)...)
 }

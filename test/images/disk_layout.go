@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -59,7 +61,8 @@ func (b *diskBuild) assemble(disk bootDisk, out string) error {
 	if err := createSparse(out, (rootBegin+disk.rootMiB+trailer)*mib); err != nil {
 		return err
 	}
-	table := fmt.Sprintf("label: gpt\nlabel-id: %s\n", diskGUID)
+	var table strings.Builder
+	fmt.Fprintf(&table, "label: gpt\nlabel-id: %s\n", diskGUID)
 	for _, p := range []struct {
 		number      int
 		begin, size int64
@@ -69,9 +72,9 @@ func (b *diskBuild) assemble(disk bootDisk, out string) error {
 		{efiPartition, efiBegin, disk.efiMiB, efiType},
 		{rootPartition, rootBegin, disk.rootMiB, rootType},
 	} {
-		table += fmt.Sprintf("%s%d : start=%dMiB, size=%dMiB, type=%s, uuid=%s%02d\n", out, p.number, p.begin, p.size, p.kind, rootPartitions, p.number)
+		fmt.Fprintf(&table, "%s%d : start=%dMiB, size=%dMiB, type=%s, uuid=%s%02d\n", out, p.number, p.begin, p.size, p.kind, rootPartitions, p.number)
 	}
-	if err := b.run(table, "sfdisk", "--quiet", out); err != nil {
+	if err := b.run(table.String(), "sfdisk", "--quiet", out); err != nil {
 		return err
 	}
 	if err := errors.Join(copyInto(out, efiImage, efiBegin*mib), copyInto(out, rootImage, rootBegin*mib)); err != nil {
@@ -109,9 +112,7 @@ func (b *diskBuild) efiFileSystem(disk bootDisk, image string) error {
 		}
 		files[name] = n.data
 	}
-	for name, data := range disk.efi {
-		files[name] = data
-	}
+	maps.Copy(files, disk.efi)
 	dir := b.path("efi")
 	for name, data := range files {
 		if err := writeBelow(dir, name, data); err != nil {

@@ -3,12 +3,14 @@ package vm_test
 import (
 	"bytes"
 	"context"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/creack/pty"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/vmruntime/vmruntime/test/images"
@@ -44,7 +46,11 @@ func (b *bed) debian(t *testing.T, cfg *runtimeapi.ContainerConfig, change ...fu
 func TestDebian(t *testing.T) {
 	_, b := use(t)
 	data, config := t.TempDir(), t.TempDir()
-	for file, text := range map[string]string{filepath.Join(data, "given"): "on the node\n", filepath.Join(config, "key"): "one\n"} {
+	for file, text := range map[string]string{
+		filepath.Join(data, "given"):       "on the node\n",
+		filepath.Join(config, "key"):       "one\n",
+		filepath.Join(config, "user-data"): "#cloud-config\nwrite_files:\n- path: /etc/made\n  content: by cloud-init\n",
+	} {
 		if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
 			t.Fatal(err)
 		}
@@ -56,7 +62,7 @@ func TestDebian(t *testing.T) {
 			{HostPath: config, ContainerPath: "/etc/vm config", Readonly: true},
 		}
 	})
-	c := b.debian(t, cfg, annotated("user-data", "#cloud-config\nwrite_files:\n- path: /etc/made\n  content: by cloud-init\n"), func(p *runtimeapi.PodSandboxConfig) {
+	c := b.debian(t, cfg, annotated("user-data-from", "/etc/vm config/user-data"), func(p *runtimeapi.PodSandboxConfig) {
 		p.Hostname = "debian-pod"
 	})
 	c.expect("hostname; cat /etc/made; echo; . /etc/vmruntime/env; echo \"$GREETING\"", "debian-pod\nby cloud-init\nit's me")
@@ -81,6 +87,7 @@ func TestDebian(t *testing.T) {
 	if err == nil || !strings.Contains(stderr.String(), c.ip()) || stdout.String() != want+"  -\n" {
 		t.Errorf("crictl exec -i: %v, stdout %q, stderr %q; want the sum %s, the pod's address and exit code 9", err, &stdout, &stderr, want)
 	}
+	debianTerminal(t, c)
 	// A port on the guest's loopback, also by SSH.
 	c.sh("python3 -m http.server --bind 127.0.0.1 8099 --directory /etc/cloud >/dev/null 2>&1 &")
 	forward := c.crictl("port-forward", c.pod.id, "18099:8099")
@@ -119,5 +126,29 @@ func TestDebianWithAgent(t *testing.T) {
 	c.stop(90)
 	if s := c.wait(); s.GetExitCode() != 0 {
 		t.Errorf("stopped with exit code %d, %s %s; want 0", s.GetExitCode(), s.GetReason(), s.GetMessage())
+	}
+}
+
+// debianTerminal has a terminal in the machine, by SSH.
+func debianTerminal(t *testing.T, c *ctr) {
+	t.Helper()
+	cmd := c.crictl("exec", "-i", "-t", c.id, "sh")
+	master, err := pty.StartWithSize(cmd, &pty.Winsize{Rows: 33, Cols: 101})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer master.Close()
+	screen := newScreen(master)
+	defer screen.close()
+	for _, say := range []struct{ line, want string }{
+		{"echo size $(stty size)", "size 33 101"}, {"test -t 0 && echo a $((6*7)) terminal", "a 42 terminal"}, {"exit", ""},
+	} {
+		if _, err := io.WriteString(master, say.line+"\n"); err != nil {
+			t.Fatal(err)
+		}
+		c.until("the terminal shows "+say.want, func() bool { return strings.Contains(screen.text(), say.want) })
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("crictl exec -it: %v\n%s", err, screen.text())
 	}
 }

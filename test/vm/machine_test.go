@@ -148,6 +148,9 @@ func TestMachineEnds(t *testing.T) {
 	p := b.machinePod(ctx, t, images.Tiny)
 	c := p.start(of("machine", images.Tiny)).up(1)
 	before := c.sh("net >/dev/null; shownet | grep -v valid_lft")
+	if !strings.Contains(before, " "+c.ip()+"/") {
+		t.Errorf("by DHCP the machine has\n%s\nwithout the pod's address %s", before, c.ip())
+	}
 	c.sh("reboot")
 	c.up(2)
 	if after := c.sh("net >/dev/null; shownet | grep -v valid_lft"); after != before {
@@ -350,9 +353,9 @@ func TestMachineWatchdog(t *testing.T) {
 // What cannot be is refused in words, and leaves nothing.
 func TestMachineRefused(t *testing.T) {
 	ctx, b := use(t)
-	cfg := b.podConfig(t, annotated("firmwear", "efi", "video", "vga"))
+	cfg := b.podConfig(t, annotated("video-card", "std", "video", "vga"))
 	_, err := b.rt.RunPodSandbox(ctx, &runtimeapi.RunPodSandboxRequest{Config: cfg, RuntimeHandler: handlerVM})
-	refused(t, err, codes.InvalidArgument, "vmruntime.io/firmwear", "did you mean vmruntime.io/firmware", `vmruntime.io/video is "vga"`)
+	refused(t, err, codes.InvalidArgument, "vmruntime.io/video-card", "unknown", `vmruntime.io/video is "vga"`)
 	p := b.vmPod(ctx, t, annotated("root-disk-size", "1Mi"))
 	for image, words := range map[string][]string{
 		images.TwoDisks: {"a.qcow2", "b.qcow2"},
