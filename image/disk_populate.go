@@ -171,6 +171,9 @@ type deviceWriter struct {
 // run does the steps in turn, each on stable storage before the next.
 func (w *deviceWriter) run(steps []func() error) error {
 	for _, step := range steps {
+		if err := w.ctx.Err(); err != nil { // a sync may have taken long
+			return err
+		}
 		if err := step(); err != nil {
 			return err
 		}

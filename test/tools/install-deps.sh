@@ -11,7 +11,7 @@ esac
 # For each line: building, generated code, VMs, nodes, images of tests, disks of tests (amd64).
 packages="ca-certificates git make gcc libc6-dev pkg-config libseccomp-dev
 	protobuf-compiler
-	$qemu qemu-system-common qemu-utils swtpm e2fsprogs erofs-utils crun
+	$qemu qemu-system-common qemu-block-extra qemu-utils swtpm e2fsprogs erofs-utils crun
 	iproute2 iptables nftables util-linux procps kmod
 	busybox dpkg-dev xz-utils
 	$disks"
