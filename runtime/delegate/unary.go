@@ -114,22 +114,21 @@ func (s *Server) unambiguous(ctx context.Context, prefix, what string, probe cal
 
 // merge asks both sides at once and makes their answers one. It fails whole if either fails.
 func (s *Server) merge(ctx context.Context, c call) (any, error) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	var bytes any
+	// containerd is asked in this goroutine: it answers last as a rule, and nobody need be woken then.
+	var ours any
 	g, both := errgroup.WithContext(ctx)
-	g.Go(func() (err error) { bytes, err = s.callContainerd(both, c); return err })
-	ours, err := s.callVM(both, c)
-	if err != nil && both.Err() == nil {
+	both, cancel := context.WithCancel(both)
+	defer cancel()
+	g.Go(func() (err error) { ours, err = s.callVM(both, c); return err })
+	bytes, theirs := s.callContainerd(both, c)
+	if theirs != nil {
 		cancel()
-		_ = g.Wait() // ended by this
+	}
+	if err := g.Wait(); err != nil && status.Code(err) != codes.Canceled {
 		return nil, err
 	}
-	if theirs := g.Wait(); theirs != nil {
+	if theirs != nil {
 		return nil, theirs
-	}
-	if err != nil {
-		return nil, err
 	}
 	switch ours := ours.(type) {
 	case *runtimeapi.StatusResponse:
