@@ -89,7 +89,12 @@ func (d *debs) read(deb string) error {
 	if err != nil {
 		return err
 	}
-	for r := tar.NewReader(bytes.NewReader(out)); ; {
+	return d.readTar(bytes.NewReader(out))
+}
+
+// readTar adds the files and links of an archive.
+func (d *debs) readTar(archive io.Reader) error {
+	for r := tar.NewReader(archive); ; {
 		h, err := r.Next()
 		if errors.Is(err, io.EOF) {
 			return nil

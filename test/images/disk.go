@@ -34,6 +34,7 @@ const (
 	TinyKernel  = "tiny-kernel" // a directory with its kernel (vmlinuz) and initramfs (initrd)
 	DebianRoot  = "debian-root" // tar archive of Debian 12's files, from packages
 	DebianDisk  = "debian"      // qcow2 of Debian 12 as a cloud image has it
+	FioDisk     = "fio"         // qcow2 of the tiny system with fio
 	BackingDisk = "backing"     // qcow2 whose header names a backing file
 )
 
@@ -52,6 +53,7 @@ func disks() []disk {
 		{name: TinyKernel, packages: tinyPackages(), sources: tiny, make: makeTinyKernel},
 		{name: TinyRaw, suffix: ".raw", packages: append(tinyPackages(), bootPackages()...), sources: tiny, make: makeTinyRaw},
 		{name: TinyDisk, suffix: ".qcow2", packages: append(tinyPackages(), bootPackages()...), sources: tiny, make: makeTinyDisk},
+		{name: FioDisk, suffix: ".qcow2", packages: append(tinyPackages(), append(bootPackages(), "fio")...), sources: append(tiny, "disk_fio.go"), make: makeFioDisk},
 		{name: DebianRoot, suffix: ".tar", packages: debianPackages(), sources: []string{"disk_bootstrap.go"}, make: makeDebianRoot},
 		{
 			name: DebianDisk, suffix: ".qcow2", packages: append(debianPackages(), bootPackages()...),
@@ -135,7 +137,7 @@ func (d disk) removeOlder(dir, path string) error {
 
 // sources decide what a disk is made like.
 //
-//go:embed disk_bootstrap.go disk_layout.go disk_tiny.go disk_debian.go tiny
+//go:embed disk_bootstrap.go disk_layout.go disk_tiny.go disk_debian.go disk_fio.go tiny
 var sources embed.FS
 
 // key hashes what decides the disk's content.

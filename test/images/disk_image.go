@@ -30,6 +30,7 @@ const (
 	TinyAtRoot = "vmruntime.test/tiny-root:1"  // TinyDisk at /tiny.qcow2
 	KernelBoot = "vmruntime.test/kernelboot:1" // TinyKernel at /boot/vmlinuz and /boot/initrd, no disk
 	Debian     = "vmruntime.test/debian:1"     // DebianDisk at /disk/debian.qcow2
+	Fio        = "vmruntime.test/fio:1"        // FioDisk at /disk/fio.qcow2
 	TwoDisks   = "vmruntime.test/twodisks:1"   // /disk/a.qcow2 and /disk/b.qcow2
 	NoDisk     = "vmruntime.test/nodisk:1"     // an empty directory /disk
 	Backing    = "vmruntime.test/backing:1"    // BackingDisk at /disk/backing.qcow2
@@ -53,6 +54,7 @@ func diskImages() map[string]map[string]diskFile {
 		TinyAtRoot: {"tiny.qcow2": tiny},
 		KernelBoot: {"boot/vmlinuz": {disk: TinyKernel + "/vmlinuz"}, "boot/initrd": {disk: TinyKernel + "/initrd"}},
 		Debian:     {"disk/debian.qcow2": {disk: DebianDisk}},
+		Fio:        {"disk/fio.qcow2": {disk: FioDisk}},
 		TwoDisks:   {"disk/a.qcow2": {disk: BackingDisk}, "disk/b.qcow2": {disk: BackingDisk}},
 		NoDisk:     {"disk/": {}},
 		Backing:    {"disk/backing.qcow2": {disk: BackingDisk}},

@@ -275,9 +275,9 @@ func (s *tinySystem) initramfs() ([]byte, error) {
 }
 
 // root writes the root's files: the system, and programs that a kernel booted by itself does without.
-func (s *tinySystem) root(dir string) error {
+func (s *tinySystem) root(dir string, programs []string) error {
 	root := maps.Clone(s.base)
-	for _, program := range []string{"usr/sbin/qemu-ga", "usr/sbin/dhcpcd"} {
+	for _, program := range programs {
 		if err := s.debs.copyTo(root, program); err != nil {
 			return err
 		}
@@ -351,12 +351,17 @@ func (b *diskBuild) tinyDisk(kernel, out string) error {
 	if err != nil {
 		return err
 	}
+	return b.tinyBoot(s, initrd, tinyRootMiB, out, "usr/sbin/qemu-ga", "usr/sbin/dhcpcd")
+}
+
+// tinyBoot writes a raw disk that boots the system, with more programs in its root.
+func (b *diskBuild) tinyBoot(s *tinySystem, initrd []byte, rootMiB int64, out string, programs ...string) error {
 	root := b.path("root")
-	if err := s.root(root); err != nil {
+	if err := s.root(root, programs); err != nil {
 		return err
 	}
 	return b.assemble(bootDisk{
-		root: root, label: "tiny", rootMiB: tinyRootMiB,
+		root: root, label: "tiny", rootMiB: rootMiB,
 		efi: map[string][]byte{"vmlinuz": s.kernel, "initrd": initrd}, efiMiB: tinyEFIMiB,
 		grub: "linux /vmlinuz " + tinyCmdline + "\ninitrd /initrd\nboot\n",
 	}, out)
