@@ -3,6 +3,7 @@ package network
 import (
 	"bytes"
 	"errors"
+	"flag"
 	"fmt"
 	"net"
 	"os"
@@ -25,6 +26,8 @@ const (
 	tapEnv    = "VMRUNTIME_NETWORK_TEST_TAP"
 	// respondEnv has the attachment that a process of its own answers for.
 	respondEnv = "VMRUNTIME_NETWORK_TEST_RESPOND"
+	// busyboxEnv has where the package busybox-static is unpacked: apt does not work in the tests' namespaces.
+	busyboxEnv = "VMRUNTIME_NETWORK_TEST_BUSYBOX"
 )
 
 // TestMain runs the tests in network and mount namespaces of their own, with /var/lib/cni on a tmpfs: CNI acts on the node
@@ -52,6 +55,14 @@ func reexecute() int {
 	runtime.LockOSThread() // Pdeathsig is of the thread
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 	cmd.Env = append(os.Environ(), insideEnv+"=1")
+	if flag.Parse(); !testing.Short() {
+		dir, err := tools.Debs("busybox-static")
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "get busybox-static:", err)
+			return 1
+		}
+		cmd.Env = append(cmd.Env, busyboxEnv+"="+dir)
+	}
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
 	err := cmd.Run()

@@ -13,7 +13,7 @@ packages="ca-certificates git make gcc libc6-dev pkg-config libseccomp-dev
 	protobuf-compiler
 	$qemu qemu-system-common qemu-block-extra qemu-utils swtpm e2fsprogs erofs-utils crun
 	iproute2 iptables nftables util-linux procps kmod
-	busybox dpkg-dev xz-utils
+	busybox dpkg-dev xz-utils isc-dhcp-client
 	$disks"
 
 missing=
