@@ -13,10 +13,13 @@ PACKAGES := ./...
 GUEST := out/guest
 GUEST_INPUTS := go.mod go.sum $(shell find deploy/guest cmd/vmagent agent -name '*.go' ! -name '*_test.go' 2>/dev/null)
 
-.PHONY: run test check build guest tools lint generate generate-check unit system critest bench install-deps clean help
+.PHONY: run run-machine test check build guest tools lint generate generate-check unit system critest bench install-deps clean help
 
 run: install-deps build guest node-tools ## bring up a private node and run a normal pod and a VM pod (KEEP=1 leaves it up)
 	go run ./test/cmd/node $(if $(KEEP),-keep)
+
+run-machine: install-deps build guest node-tools ## bring up a private node and boot Debian from a disk as a pod (KEEP=1 leaves it up)
+	go run ./test/cmd/node -machine $(if $(KEEP),-keep)
 
 test: install-deps ## everything: lint, unit, golden, node, VM and critest (root, under 40 minutes)
 	$(MAKE) build guest tools
@@ -68,7 +71,7 @@ unit: ## unit and golden tests, with the race detector
 	go test -race -short -timeout 10m $(PACKAGES)
 
 system: ## tests that need root, a node or a VM
-	go test -timeout 25m -p 1 $(PACKAGES)
+	go test -timeout 45m -p 1 $(PACKAGES)
 
 critest: build guest node-tools ## the CRI's conformance suite on containerd, the default handler and the handler vm
 	go run ./test/cmd/critest

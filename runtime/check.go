@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	goruntime "runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -91,7 +92,10 @@ func Check(ctx context.Context, path string) []CheckResult {
 		{"QEMU", n.qemu},
 		{"acceleration", n.acceleration},
 		{"virtiofsd", n.virtiofsd},
+		{"user namespaces", n.userNamespaces},
 		{"mke2fs", n.mke2fs},
+		{"EFI", n.efi},
+		{"swtpm", n.swtpm},
 		{"guest", n.guest},
 		{"CNI", n.cni},
 		{"cgroups", n.cgroups},
@@ -236,6 +240,44 @@ func (n *nodeCheck) virtiofsd(context.Context) CheckResult {
 	path, err := n.cfg.QEMU.FindVirtiofsd()
 	if err != nil {
 		return failed("install virtiofsd (Debian 12: in qemu-system-common; later: apt install virtiofsd), or set qemu.virtiofsd", "%v", err)
+	}
+	return passed("%s", path)
+}
+
+// userNamespaces are what every virtiofsd needs one of.
+func (n *nodeCheck) userNamespaces(context.Context) CheckResult {
+	const file = "/proc/sys/user/max_user_namespaces"
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return failed("use a kernel with CONFIG_USER_NS; pods with volumes of files need it", "%v", err)
+	}
+	limit := strings.TrimSpace(string(data))
+	if limit == "0" {
+		return failed("set the sysctl user.max_user_namespaces above the number of VM pods; pods with volumes of files need it", "%s is 0", file)
+	}
+	return passed("%s of them", limit)
+}
+
+func (n *nodeCheck) efi(context.Context) CheckResult {
+	const fix = "install ovmf (arm64: qemu-efi-aarch64); only machines that ask for EFI need it"
+	arch := qemu.ArchX86
+	if goruntime.GOARCH == "arm64" {
+		arch = qemu.ArchARM64
+	}
+	found, err := qemu.FindFirmware(qemu.FirmwareDirs(), arch, false)
+	if err != nil {
+		return warned(fix, "%v", err)
+	}
+	if _, err := qemu.FindFirmware(qemu.FirmwareDirs(), arch, true); err != nil {
+		return passed("%s, without Secure Boot", found.Code)
+	}
+	return passed("%s, and with Secure Boot", found.Code)
+}
+
+func (n *nodeCheck) swtpm(context.Context) CheckResult {
+	path, err := exec.LookPath(n.cfg.QEMU.Swtpm)
+	if err != nil {
+		return warned("install swtpm, or set qemu.swtpm; only machines that ask for a TPM need it", "%v", err)
 	}
 	return passed("%s", path)
 }
