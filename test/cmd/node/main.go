@@ -1,6 +1,8 @@
 // Command node shows both runtimes behind one socket: it brings up a private
 // node, runs a normal pod and a VM pod from real images with crictl, and shows
-// what runs in them. With -keep it then leaves the node up until it is interrupted.
+// what runs in them. With -machine it shows a machine instead: a pod that boots
+// Debian from the disk in its image. With -keep it then leaves the node up until
+// it is interrupted.
 package main
 
 import (
@@ -26,17 +28,18 @@ func main() {
 	vmruntime := flag.String("vmruntime", "bin/vmruntime", "vmruntime's `program`")
 	guest := flag.String("guest", "out/guest", "`directory` that make guest wrote")
 	accel := flag.String("accel", "auto", "kvm, tcg or auto")
+	machine := flag.Bool("machine", false, "show a machine, which boots Debian")
 	flag.Parse()
 	ctx, cancel := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer cancel()
-	if err := run(ctx, *vmruntime, *guest, *accel, *keep); err != nil {
+	if err := run(ctx, *vmruntime, *guest, *accel, *machine, *keep); err != nil {
 		fmt.Fprintln(os.Stderr, "node:", err)
 		cancel()
 		os.Exit(1)
 	}
 }
 
-func run(ctx context.Context, program, guest, accel string, keep bool) (err error) {
+func run(ctx context.Context, program, guest, accel string, machine, keep bool) (err error) {
 	program, err = filepath.Abs(program)
 	if err != nil {
 		return err
@@ -44,6 +47,11 @@ func run(ctx context.Context, program, guest, accel string, keep bool) (err erro
 	guest, err = filepath.Abs(guest)
 	if err != nil {
 		return err
+	}
+	if machine {
+		if err := makeDisk(); err != nil {
+			return err
+		}
 	}
 	fmt.Println("bringing up a node: containerd and vmruntime, with CNI and a registry of test images")
 	n, err := node.Start(ctx, node.Options{VMRuntime: program, GuestDir: guest, Accel: accel})
@@ -55,7 +63,11 @@ func run(ctx context.Context, program, guest, accel string, keep bool) (err erro
 		fmt.Println("\nremoving the pods and the node")
 		err = errors.Join(err, n.Stop())
 	}()
-	if err := s.pods(); err != nil {
+	show := s.pods
+	if machine {
+		show = func() error { return s.machine(keep) }
+	}
+	if err := show(); err != nil {
 		return err
 	}
 	if !keep {
