@@ -159,20 +159,9 @@ func openTap() (f *os.File, err error) {
 			if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 				return fmt.Errorf("make a network namespace: %w", err)
 			}
-			fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
-			if err != nil {
-				return fmt.Errorf("open /dev/net/tun: %w", err)
-			}
-			f = os.NewFile(uintptr(fd), "tap0")
-			request, err := unix.NewIfreq("tap0")
-			if err != nil {
-				return err
-			}
-			request.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
-			if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, request); err != nil {
-				return fmt.Errorf("make a tap: %w", err)
-			}
-			return nil
+			var err error
+			f, err = newTap("tap0")
+			return err
 		}()
 	}()
 	if err = <-done; err != nil && f != nil {

@@ -39,7 +39,9 @@ func TestBars(t *testing.T) {
 	r.add("value at", 0.3, "ms").within(0.3)
 	r.add("value above", 0.31, "ms").within(0.3)
 	r.add("free", 1, "MiB")
-	want := []string{"held", "MISSED", "held", "MISSED", ""}
+	r.compare("throughput above", 96, 100, "MiB/s").atLeast(0.95)
+	r.compare("throughput below", 94, 100, "MiB/s").atLeast(0.95)
+	want := []string{"held", "MISSED", "held", "MISSED", "", "held", "MISSED"}
 	for i, f := range r.figures {
 		if f.held() != want[i] {
 			t.Errorf("%s: %q, want %q", f.Name, f.held(), want[i])
@@ -86,6 +88,23 @@ func TestSetChangesOnlyWhatIsThere(t *testing.T) {
 	for _, path := range [][]string{{"absent"}, {"config", "absent"}, {"absent", "metadata"}} {
 		if err := set(object, 2, path...); err == nil {
 			t.Errorf("set %q succeeds on %v", path, object)
+		}
+	}
+}
+
+func TestReadFio(t *testing.T) {
+	got := map[string][]fioSide{}
+	err := readFio(`fio: a warning
+{"jobs": [
+	{"jobname": "write", "read": {"bw_bytes": 0, "lat_ns": {"mean": 0}}, "write": {"bw_bytes": 2097152, "lat_ns": {"mean": 5000}}},
+	{"jobname": "read", "read": {"bw_bytes": 1048576, "lat_ns": {"mean": 7000}}, "write": {"bw_bytes": 0, "lat_ns": {"mean": 0}}}
+]}`, got)
+	if err != nil || rate(got["write"]) != 2 || latency(got["write"]) != 5 || rate(got["read"]) != 1 || latency(got["read"]) != 7 {
+		t.Errorf("readFio: %v, %v", got, err)
+	}
+	for _, bad := range []string{"", "fio: no such device", `{"jobs": [{"jobname": "read", "read": {"bw_bytes": 0}}]}`} {
+		if err := readFio(bad, got); err == nil {
+			t.Errorf("readFio takes %q", bad)
 		}
 	}
 }

@@ -51,6 +51,11 @@ type pod struct {
 
 // runPod starts a sandbox. The handler of containers is "".
 func (b *bench) runPod(ctx context.Context, c *cri, handler, name string) (*pod, error) {
+	return b.runPodWith(ctx, c, handler, name, func(*runtimeapi.PodSandboxConfig) {})
+}
+
+// runPodWith starts a sandbox whose configuration is changed first.
+func (b *bench) runPodWith(ctx context.Context, c *cri, handler, name string, change func(*runtimeapi.PodSandboxConfig)) (*pod, error) {
 	p := &pod{cri: c, config: &runtimeapi.PodSandboxConfig{
 		Metadata:     &runtimeapi.PodSandboxMetadata{Name: name, Namespace: "bench", Uid: "uid-" + name},
 		Hostname:     name,
@@ -58,6 +63,7 @@ func (b *bench) runPod(ctx context.Context, c *cri, handler, name string) (*pod,
 		Labels:       map[string]string{"io.kubernetes.pod.name": name, "io.kubernetes.pod.namespace": "bench", "io.kubernetes.pod.uid": "uid-" + name},
 		Linux:        &runtimeapi.LinuxPodSandboxConfig{CgroupParent: b.node.CgroupParent()},
 	}}
+	change(p.config)
 	if err := os.MkdirAll(p.config.LogDirectory, 0o755); err != nil {
 		return nil, err
 	}
@@ -98,13 +104,18 @@ func (p *pod) create(ctx context.Context, name string) (string, error) {
 
 // createOn creates it through another socket of the same node.
 func (p *pod) createOn(ctx context.Context, c *cri, name string) (string, error) {
+	return p.createOf(ctx, c, name, images.Busybox, []string{"sh", "-c", "echo up; exec sleep 100000"})
+}
+
+// createOf creates a container of an image.
+func (p *pod) createOf(ctx context.Context, c *cri, name, image string, command []string) (string, error) {
 	answer, err := c.CreateContainer(ctx, &runtimeapi.CreateContainerRequest{
 		PodSandboxId:  p.id,
 		SandboxConfig: p.config,
 		Config: &runtimeapi.ContainerConfig{
 			Metadata: &runtimeapi.ContainerMetadata{Name: name},
-			Image:    &runtimeapi.ImageSpec{Image: images.Busybox},
-			Command:  []string{"sh", "-c", "echo up; exec sleep 100000"},
+			Image:    &runtimeapi.ImageSpec{Image: image},
+			Command:  command,
 			Labels:   map[string]string{"io.kubernetes.container.name": name},
 			LogPath:  name + ".log",
 			Linux:    &runtimeapi.LinuxContainerConfig{},

@@ -12,7 +12,8 @@ import (
 	"time"
 )
 
-// figure is one line of the result. Bar is an upper limit: of Ratio if there is a baseline, else of Value.
+// figure is one line of the result. Bar is an upper limit, or with AtLeast a lower one: of Ratio if there is a baseline,
+// else of Value.
 type figure struct {
 	Name     string   `json:"name"`
 	Value    float64  `json:"value"`
@@ -20,6 +21,7 @@ type figure struct {
 	Baseline *float64 `json:"baseline"`
 	Ratio    *float64 `json:"ratio"`
 	Bar      *float64 `json:"bar"`
+	AtLeast  bool     `json:"atLeast,omitempty"`
 }
 
 func (f figure) held() string {
@@ -30,7 +32,7 @@ func (f figure) held() string {
 	if f.Ratio != nil {
 		measured = *f.Ratio
 	}
-	if measured <= *f.Bar {
+	if measured == *f.Bar || measured < *f.Bar != f.AtLeast {
 		return "held"
 	}
 	return "MISSED"
@@ -56,8 +58,11 @@ func (r *report) compare(name string, value, baseline float64, unit string) *fig
 	return f
 }
 
-// within sets the bar.
+// within sets the bar to what the figure may be at most.
 func (f *figure) within(bar float64) { f.Bar = &bar }
+
+// atLeast sets the bar to what the figure has to be at least.
+func (f *figure) atLeast(bar float64) { f.Bar, f.AtLeast = &bar, true }
 
 func (r *report) print(w io.Writer) {
 	for _, line := range r.machine {

@@ -47,9 +47,10 @@ menuentry 'Debian GNU/Linux' {
 	initrd /initrd.img
 }
 `,
-		"etc/fstab":    "UUID=" + debianUUID + " / ext4 rw,discard,errors=remount-ro,x-systemd.growfs 0 1\n",
-		"etc/hostname": "localhost\n",
-		"etc/hosts":    "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n",
+		"etc/fstab":          "UUID=" + debianUUID + " / ext4 rw,discard,errors=remount-ro,x-systemd.growfs 0 1\n",
+		"etc/hostname":       "localhost\n",
+		"etc/default/locale": "LANG=C.UTF-8\n",
+		"etc/hosts":          "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n",
 		"etc/cloud/cloud.cfg.d/01_debian_cloud.cfg": "apt_preserve_sources_list: true\nmanage_etc_hosts: true\n",
 		"etc/machine-id": "", // filled at the first boot
 	} {
