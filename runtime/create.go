@@ -87,7 +87,7 @@ func (rt *Runtime) addContainer(c *container) error {
 		return fmt.Errorf("sandbox %s was stopped meanwhile: %w", c.pod.id, errdefs.ErrFailedPrecondition)
 	}
 	for _, other := range rt.containers {
-		if other.pod != c.pod || !other.rec.Status().FinishedAt.IsZero() || !other.isMachine() && !c.isMachine() {
+		if other.pod != c.pod || !other.rec.Status().FinishedAt.IsZero() || !other.isMachine() && !c.isMachine() || c.supersedes(other) {
 			continue
 		}
 		return fmt.Errorf("a container whose image is a machine is the whole VM: %q cannot be beside %q; only init containers that have ended can be in its pod: %w",
@@ -95,6 +95,12 @@ func (rt *Runtime) addContainer(c *container) error {
 	}
 	rt.containers[c.id] = c
 	return nil
+}
+
+// supersedes tells whether another is an earlier attempt of this container that was never started: the kubelet leaves such a one
+// where it is when it, or the daemon, was restarted in between.
+func (c *container) supersedes(other *container) bool {
+	return other.rec.Status().StartedAt.IsZero() && other.config().GetMetadata().GetName() == c.config().GetMetadata().GetName()
 }
 
 // knownImage finds the image as containerd's CRI knows it.

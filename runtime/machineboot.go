@@ -33,7 +33,11 @@ func (c *container) startMachine(ctx context.Context) error {
 	if p.state() != runtimeapi.PodSandboxState_SANDBOX_READY {
 		return fmt.Errorf("sandbox %s is not ready; it cannot start a machine: %w", p.id, errdefs.ErrFailedPrecondition)
 	}
-	if err := p.endGuest(ctx, p.currentGuest()); err != nil {
+	g := p.currentGuest()
+	if g != nil && g.machine != nil && g.machine.container != c.id && g.alive() {
+		return fmt.Errorf("sandbox %s runs the machine of container %s; it can have one at a time: %w", p.id, g.machine.container, errdefs.ErrFailedPrecondition)
+	}
+	if err := p.endGuest(ctx, g); err != nil {
 		return fmt.Errorf("clear away the guest that stood by: %w", err)
 	}
 	if err := p.rt.images.RemoveScratch(p.id); err != nil {

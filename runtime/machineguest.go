@@ -236,9 +236,15 @@ func (c *container) followConsole(ctx context.Context, g *guest) (err error) {
 	defer cancel()
 	g.owned.Go(func() {
 		select {
+		case <-g.ctx.Done(): // with the VM, or because the guest is given up
+		case <-ctx.Done():
+			return
+		}
+		select {
 		case <-g.vm.Done():
 			spool.Finish()
-		case <-ctx.Done():
+		default:
+			cancel()
 		}
 	})
 	return c.copySpool(ctx, spool)
@@ -303,24 +309,34 @@ func (c *container) stopMachine(ctx context.Context, grace time.Duration) error 
 	return c.killMachine(ctx)
 }
 
-// askPoweroff asks in every way that the guest may know, the power button last: one that has begun to shut down does not
+// askPoweroff asks by the first way that takes the request: an agent, then the power button. One that has begun to shut down does not
 // mind.
 func (g *guest) askPoweroff(ctx context.Context) {
-	if client := g.agentNow(); client != nil {
-		if _, err := client.Shutdown(ctx, &agentpb.ShutdownRequest{}); err == nil {
-			return
-		}
-	}
-	if ga, err := g.guestAgent(ctx); err == nil {
-		ask, cancel := context.WithTimeout(ctx, askTimeout)
-		defer cancel()
-		if err := ga.Shutdown(ask, qga.PowerDown); err == nil {
-			return
-		}
+	if g.askAgents(ctx) {
+		return
 	}
 	if err := g.vm.Powerdown(ctx); err != nil {
 		g.log.Debug("pressing the power button", "error", err)
 	}
+}
+
+// askAgents tells whether an agent in the guest has begun to shut it down. One that hangs leaves time for the power button.
+func (g *guest) askAgents(ctx context.Context) bool {
+	limit := askTimeout
+	if deadline, ok := ctx.Deadline(); ok {
+		limit = min(limit, time.Until(deadline)/4)
+	}
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	if client := g.agentNow(); client != nil {
+		_, err := client.Shutdown(ctx, &agentpb.ShutdownRequest{})
+		return err == nil
+	}
+	ga, err := g.guestAgent(ctx)
+	if err == nil {
+		err = ga.Shutdown(ctx, qga.PowerDown)
+	}
+	return err == nil
 }
 
 // killMachine ends QEMU in order, so that what the guest has written is on its disk, or else at once.
@@ -368,7 +384,9 @@ func (c *container) runningMachine() (*guest, error) {
 
 // recoverMachine takes up a machine that an earlier daemon started. One whose container is no more, or has ended, is ended.
 func (rt *Runtime) recoverMachine(ctx context.Context, p *pod, g *guest, r guestRecord) error {
+	rt.mu.RLock()
 	c := rt.containers[r.Machine]
+	rt.mu.RUnlock()
 	if c == nil || !c.rec.Status().FinishedAt.IsZero() {
 		p.life.Lock()
 		defer p.life.Unlock()
@@ -390,11 +408,11 @@ func (rt *Runtime) recoverMachine(ctx context.Context, p *pod, g *guest, r guest
 			s.Boot, s.StartedAt = g.boot, time.Now()
 			return nil
 		}); err != nil {
-			return err
+			c.log.Error("recording a machine that runs", "error", err)
 		}
 	}
 	if err := c.openLog(); err != nil {
-		return err
+		c.log.Error("taking up the log of a machine", "error", err) // it must be followed all the same
 	}
 	c.watchMachine(g)
 	return nil

@@ -35,6 +35,8 @@ type pod struct {
 
 	// life is held by whatever makes or ends the sandbox or its guest: one at a time.
 	life sync.Mutex
+	// stopping forbids populations, whose lock guards it.
+	stopping bool
 	// scratch is the disk for the next guest; life guards it.
 	scratch string
 

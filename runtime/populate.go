@@ -73,6 +73,9 @@ func (c *container) population(root *blockVolume, device string) (*population, e
 	all, image := &c.rt.populations, c.rec.Spec().ImageID
 	all.mu.Lock()
 	defer all.mu.Unlock()
+	if c.pod.stopping {
+		return nil, fmt.Errorf("sandbox %s is being stopped: %w", c.pod.id, errdefs.ErrFailedPrecondition)
+	}
 	if w := all.byDevice[st.Rdev]; w != nil {
 		if w.pod != c.pod || w.image != image {
 			return nil, fmt.Errorf("image %s is being written to the block volume at %s for sandbox %s: %w", w.image, root.Path, w.pod.id, errdefs.ErrFailedPrecondition)
@@ -126,9 +129,10 @@ func (w *population) run(ctx context.Context, owner, device string) (err error) 
 	return err
 }
 
-// stop ends the pod's populations and waits for them.
+// stop ends the pod's populations and waits for them. There will be no others.
 func (all *populations) stop(p *pod) {
 	all.mu.Lock()
+	p.stopping = true
 	var ending []*population
 	for _, w := range all.byDevice {
 		if w.pod == p {

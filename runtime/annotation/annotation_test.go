@@ -113,6 +113,7 @@ func TestParseErrors(t *testing.T) {
 		"too small":               {map[string]string{"root-disk-size": "1"}, []string{"from 1Mi to 16Ti"}},
 		"too large":               {map[string]string{"root-disk-size": "17Ti"}, []string{"from 1Mi to 16Ti"}},
 		"beyond 64 bits":          {map[string]string{"root-disk-size": "99999Ei"}, []string{"from 1Mi to 16Ti"}},
+		"no CPU at all":           {map[string]string{"cpu-model": "help"}, []string{"a name of letters"}},
 		"a property behind a CPU": {map[string]string{"cpu-model": "host,+vmx"}, []string{"a name of letters"}},
 		"long name":               {map[string]string{"cpu-model": strings.Repeat("a", 65)}, []string{`aaa..."; it has to be at most 64 bytes, not 65`}},
 		"empty":                   {map[string]string{"cpu-model": "", "kernel": "", "user-data": ""}, []string{"not empty, or left out", "not empty, or left out", "not empty, or left out"}},

@@ -23,6 +23,9 @@ const (
 	sector  = 4096 // disks are whole multiples of it, for guests with large sectors
 )
 
+// cpuHelp is no model: QEMU lists them all and ends.
+const cpuHelp = "help"
+
 // cpuModel is what QEMU's CPU models are made of; a comma would begin a property.
 var cpuModel = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]*$`)
 
@@ -75,7 +78,7 @@ func (k key) store(value string) string {
 	case !utf8.ValidString(value) || strings.ContainsRune(value, 0):
 		return "text in UTF-8 without zero bytes"
 	case k.kind == "name":
-		return unless(cpuModel.MatchString(value), "a name of letters, digits, dots, dashes and underscores")
+		return unless(cpuModel.MatchString(value) && value != cpuHelp, "a name of letters, digits, dots, dashes and underscores")
 	case k.kind == "line":
 		return unless(!strings.ContainsFunc(value, unicode.IsControl), "one line without control characters")
 	case k.kind == "path":

@@ -374,7 +374,9 @@ func TestMachineRefused(t *testing.T) {
 	refused(t, err, codes.InvalidArgument, "command", "cloud-init")
 	// An ordinary init container may come first; while the machine is there nothing else may be.
 	q.output(shell("init", "echo prepared"))
-	c := q.start(of("machine", images.Tiny)).up(1)
+	left := q.create(of("machine", images.Tiny)) // by a kubelet that was restarted before it could start it
+	c := q.start(with(of("machine", images.Tiny), func(c *runtimeapi.ContainerConfig) { c.Metadata.Attempt = 1 })).up(1)
+	refused(t, left.tryStart(), codes.FailedPrecondition, "one at a time")
 	_, err = q.tryCreate(idle("sidecar"))
 	refused(t, err, codes.FailedPrecondition, "sidecar", "machine")
 	c.expect("echo still here", "still here")
