@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -192,14 +191,13 @@ func wantLines(t *testing.T, output string, lines ...string) {
 	}
 }
 
+// Other firmware, panics, kernels without a disk, and Debian, boot in test/vm, as machines.
 func TestTinyBoots(t *testing.T) {
 	needVM(t)
 	for _, c := range []struct {
 		firmware string
 		want     []string
 	}{
-		{"bios", []string{"firmware=bios"}},
-		{"efi", []string{"firmware=efi", "secureboot=off"}},
 		{"secure", []string{"firmware=efi", "secureboot=on"}},
 	} {
 		t.Run(c.firmware, func(t *testing.T) {
@@ -265,24 +263,6 @@ func (m *monitor) until(text string) {
 	m.t.Fatalf("QEMU says nothing of %q: %v", text, m.from.Err())
 }
 
-// seedDisk is a disk from which cloud-init, and the tiny system, take a script or configuration.
-func seedDisk(t *testing.T, userData string) string {
-	t.Helper()
-	dir := t.TempDir()
-	for name, data := range map[string]string{"meta-data": "instance-id: i-1\nlocal-hostname: proof\n", "user-data": userData} {
-		if err := os.WriteFile(filepath.Join(dir, name), []byte(data), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	b := &diskBuild{dir: dir}
-	image := b.path("seed.img")
-	if err := errors.Join(createSparse(image, mib), b.run("", "mkfs.vfat", "-n", "CIDATA", image),
-		b.run("", "mcopy", "-i", image, b.path("meta-data"), b.path("user-data"), "::")); err != nil {
-		t.Fatal(err)
-	}
-	return image
-}
-
 func drive(id, file, format string) []string {
 	return []string{"-drive", fmt.Sprintf("if=none,id=%s,format=%s,file=%s", id, format, file), "-device", fmt.Sprintf("virtio-blk-pci,drive=%s,serial=%s", id, id)}
 }
@@ -313,63 +293,4 @@ func TestTinyBehaves(t *testing.T) {
 	m.command("system_powerdown")
 	g.until("tiny: power button")
 	m.until("SHUTDOWN")
-}
-
-func TestTinyPanics(t *testing.T) {
-	needVM(t)
-	socket := filepath.Join(t.TempDir(), "qmp")
-	script := seedDisk(t, "#!/bin/sh\necho the script runs\ncrash\n")
-	g := boot(t, append(append(drive("root", overlay(t, testDisk(t, TinyDisk)), "qcow2"), drive("seed", script, "raw")...),
-		"-qmp", "unix:"+socket+",server=on,wait=off", "-device", "pvpanic-pci")...)
-	g.until("Linux version")
-	m := dialMonitor(t, socket)
-	g.until("the script runs")
-	m.until("GUEST_PANICKED")
-}
-
-func TestDebianBoots(t *testing.T) {
-	needVM(t)
-	seed := seedDisk(t, `#cloud-config
-runcmd:
-  - echo "root has $(df -BM --output=size / | tail -n 1 | tr -d ' ')"
-  - echo "agent is $(systemctl is-active qemu-guest-agent), ssh is $(systemctl is-active ssh), failed are [$(systemctl --failed --quiet)]"
-  - echo "network is $(networkctl --no-legend | grep -c routable), secure boot is $(od -An -tu1 -j4 /sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c 2>/dev/null)"
-power_state: {mode: poweroff}
-`)
-	for _, c := range []struct{ firmware, want string }{
-		{"bios", "network is 1, secure boot is \n"},
-		{"secure", "network is 1, secure boot is    1\n"},
-	} {
-		t.Run(c.firmware, func(t *testing.T) {
-			root := overlay(t, testDisk(t, DebianDisk))
-			if out, err := exec.Command("qemu-img", "resize", "-q", root, "3G").CombinedOutput(); err != nil {
-				t.Fatalf("resize: %v\n%s", err, out)
-			}
-			args := append(firmware(t, c.firmware), drive("root", root, "qcow2")...)
-			args = append(args, drive("seed", seed, "raw")...)
-			args = append(args, "-m", "1024", "-netdev", "user,id=n", "-device", "virtio-net-pci,netdev=n",
-				"-device", "virtio-serial-pci", "-chardev", "null,id=q", "-device", "virtserialport,chardev=q,name=org.qemu.guest_agent.0")
-			g := boot(t, args...)
-			g.until("Linux version")
-			g.took("the kernel's first line")
-			g.until("proof login:")
-			g.took("the prompt for login")
-			g.until("root has 29") // of 3 GiB; the image has 2
-			g.until("agent is active, ssh is active, failed are []")
-			g.until(c.want)
-			g.until("Cloud-init v. 22.4.2 finished")
-			g.took("the end of cloud-init")
-			g.end()
-		})
-	}
-}
-
-func TestTinyKernelBoots(t *testing.T) {
-	needVM(t)
-	dir := testDisk(t, TinyKernel)
-	g := boot(t, "-kernel", filepath.Join(dir, "vmlinuz"), "-initrd", filepath.Join(dir, "initrd"), "-append", "console=ttyS0 mark=7")
-	g.until("tiny: up boot=1 root=none")
-	g.until(prompt)
-	g.took("the prompt")
-	wantLines(t, g.sh("info"), "cmdline=console=ttyS0 mark=7")
 }

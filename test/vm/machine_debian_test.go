@@ -62,11 +62,12 @@ func TestDebian(t *testing.T) {
 			{HostPath: config, ContainerPath: "/etc/vm config", Readonly: true},
 		}
 	})
-	c := b.debian(t, cfg, annotated("user-data-from", "/etc/vm config/user-data"), func(p *runtimeapi.PodSandboxConfig) {
+	c := b.debian(t, cfg, annotated("user-data-from", "/etc/vm config/user-data", "root-disk-size", "3Gi"), func(p *runtimeapi.PodSandboxConfig) {
 		p.Hostname = "debian-pod"
 	})
 	c.expect("hostname; cat /etc/made; echo; . /etc/vmruntime/env; echo \"$GREETING\"", "debian-pod\nby cloud-init\nit's me")
 	c.expect("ip -4 -o addr show scope global | awk '{print $4}' | cut -d / -f 1", c.ip())
+	c.expect("df -BM --output=size / | tail -n 1 | tr -d ' ' | cut -c 1-2; systemctl is-active ssh; systemctl --failed --quiet", "29\nactive") // of 3 GiB; the image has 2
 	// Volumes: both ways, live, read-only held by the node.
 	c.expect("cat /data/given '/etc/vm config/key'; echo from the guest >/data/made; chown 1000 /data/made", "on the node\none")
 	if got := readFile(filepath.Join(data, "made")); got != "from the guest\n" {
