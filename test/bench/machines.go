@@ -158,6 +158,9 @@ func (b *bench) machineOnce(ctx context.Context, name string, times *machineTime
 
 // sharedImage measures what machines of one image take beside it.
 func (b *bench) sharedImage(ctx context.Context) (err error) {
+	if err := b.vm.pull(ctx, images.Tiny); err != nil {
+		return err
+	}
 	var pods []*pod
 	defer func() { err = errors.Join(err, removeAll(ctx, pods)) }()
 	var sum mapped
