@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -191,29 +192,36 @@ func TestMachineConsole(t *testing.T) {
 	c := b.machine(ctx, t, images.Tiny)
 	const lines = 30000
 	c.sh(fmt.Sprintf("(sleep 1; flood %d >/dev/console) >/dev/null 2>&1 &", lines))
-	var files []string
-	for i := range 3 {
-		c.until("the flood goes on", func() bool { return fileSize(c.logFile()) > 200_000 })
+	last := fmt.Sprintf("flood %012d end", lines)
+	files := []string{c.logFile()}
+	over := func() bool {
+		return slices.ContainsFunc(files, func(file string) bool { return strings.Contains(readFile(file), last) })
+	}
+	crashes := 0
+	for range 3 {
+		c.until("the flood goes on, or is over", func() bool { return fileSize(c.logFile()) > 200_000 || over() })
+		if over() {
+			break
+		}
 		b.crash(t)
+		crashes++
 		time.Sleep(time.Second) // the guest goes on writing
 		if err := b.StartVMRuntime(ctx); err != nil {
 			t.Fatal(err)
 		}
-		rotated := fmt.Sprintf("%s.%d", c.logFile(), i)
+		rotated := fmt.Sprintf("%s.%d", c.logFile(), crashes)
 		if err := os.Rename(c.logFile(), rotated); err != nil {
 			t.Fatal(err)
 		}
-		files = append(files, rotated)
+		files = append(files[:len(files)-1], rotated, c.logFile())
 		if _, err := b.rt.ReopenContainerLog(ctx, &runtimeapi.ReopenContainerLogRequest{ContainerId: c.id}); err != nil {
 			t.Fatal(err)
 		}
 	}
-	files = append(files, c.logFile())
-	last := fmt.Sprintf("flood %012d end", lines)
-	c.until("the flood is over", func() bool {
-		data, _ := os.ReadFile(c.logFile())
-		return strings.Contains(string(data), last)
-	})
+	if crashes == 0 {
+		t.Error("the flood was over before the daemon could be killed in it")
+	}
+	c.until("the flood is over", over)
 	next := 1
 	for line := range strings.Lines(streamText(t, "stdout", files...)) {
 		if !strings.HasPrefix(line, "flood ") {
