@@ -44,19 +44,19 @@ func (c *container) startMachine(ctx context.Context) error {
 		return err
 	}
 	g, err := c.bootMachine(ctx)
+	if err == nil {
+		err = c.openLog()
+	}
+	if err == nil {
+		err = c.rec.Update(func(s *containerStatus) error {
+			s.Boot, s.StartedAt = g.boot, time.Now()
+			return nil
+		})
+	}
 	if err != nil {
 		end, cancel := context.WithTimeout(context.WithoutCancel(ctx), teardownTimeout)
 		defer cancel()
 		return errors.Join(err, p.endGuest(end, g))
-	}
-	if err := c.openLog(); err != nil {
-		return errors.Join(err, p.endGuest(ctx, g))
-	}
-	if err := c.rec.Update(func(s *containerStatus) error {
-		s.Boot, s.StartedAt = g.boot, time.Now()
-		return nil
-	}); err != nil {
-		return errors.Join(err, p.endGuest(ctx, g))
 	}
 	c.rt.containerEvent(c, runtimeapi.ContainerEventType_CONTAINER_STARTED_EVENT)
 	c.watchMachine(g)

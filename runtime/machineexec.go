@@ -38,6 +38,8 @@ func (c *container) machineExec(ctx context.Context, cmd []string, streams execI
 	if len(cmd) == 0 {
 		return 0, fmt.Errorf("cmd is empty; it must name a program: %w", errdefs.ErrInvalidArgument)
 	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	g, err := c.runningMachine()
 	if err != nil {
 		return 0, err

@@ -108,8 +108,12 @@ func (g *guest) keepAgent(ctx context.Context) {
 	defer close(g.done)
 	for g.waitPort(ctx, qemu.AgentPort) {
 		client, err := agent.Dial(ctx, g.vm.AgentSocket())
-		if err != nil {
-			continue // the port was closed again, or the machine ends
+		if err != nil { // the port was closed again, or the machine ends
+			select {
+			case <-time.After(portPoll):
+			case <-ctx.Done():
+			}
+			continue
 		}
 		g.publish(client, nil)
 		select {
@@ -232,9 +236,11 @@ func (c *container) followConsole(ctx context.Context, g *guest) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, spool.Close()) }()
+	var owned sync.WaitGroup
+	defer owned.Wait()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	g.owned.Go(func() {
+	owned.Go(func() {
 		select {
 		case <-g.ctx.Done(): // with the VM, or because the guest is given up
 		case <-ctx.Done():
