@@ -194,7 +194,7 @@ func testStdin(t *testing.T, _ *machine, c *agent.Client) {
 	}
 	// A process that does not read makes the write wait; then the answer tells what went into the pipe.
 	ref = startExec(t, c, "main", "unread", sh("sleep 1000"), true)
-	short, cancel := context.WithTimeout(ctx, 2*time.Second)
+	short, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	resp, err := c.WriteStdin(short, &agentpb.WriteStdinRequest{Process: ref, Data: make([]byte, 1<<20)})
 	if err != nil || resp.GetWritten() < 4096 || resp.GetWritten() >= 1<<20 {
