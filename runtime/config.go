@@ -43,6 +43,7 @@ type Config struct {
 	Guest      GuestConfig      `toml:"guest" comment:"What boots in a VM."`
 	Network    NetworkConfig    `toml:"network" comment:"CNI, as in containerd's own configuration."`
 	Cgroup     CgroupConfig     `toml:"cgroup" comment:"Control groups of the host."`
+	Metrics    MetricsConfig    `toml:"metrics" comment:"Figures of the daemon for Prometheus."`
 }
 
 // ServerConfig is the section [server].
@@ -97,6 +98,19 @@ type NetworkConfig struct {
 // CgroupConfig is the section [cgroup].
 type CgroupConfig struct {
 	Driver string `toml:"driver" comment:"cgroupfs, systemd or auto: what containerd says. Has to be set only for containerd 1.7, which cannot say it, and then to\nwhat containerd and kubelet use."`
+}
+
+// MetricsConfig is the section [metrics].
+type MetricsConfig struct {
+	Address string `toml:"address" comment:"Where /metrics is served: the path of a socket, which only root may open, or a loopback address and a port, like\n127.0.0.1:9090. Empty: nowhere."`
+}
+
+// Listen says where metrics are served, as for net.Listen.
+func (c MetricsConfig) Listen() (network, address string) {
+	if filepath.IsAbs(c.Address) {
+		return "unix", c.Address
+	}
+	return "tcp", c.Address
 }
 
 // Size is a number of bytes, written like 256MiB.
@@ -270,7 +284,20 @@ func (c Config) Validate() error {
 		v.path(fmt.Sprintf("network.bin_dirs[%d]", i), dir)
 	}
 	v.oneOf("cgroup.driver", c.Cgroup.Driver, "auto", "cgroupfs", "systemd")
+	c.Metrics.validate(&v)
 	return errors.Join(v.errs...)
+}
+
+func (c MetricsConfig) validate(v *validator) {
+	switch network, address := c.Listen(); {
+	case address == "":
+	case network == "unix":
+		v.path("metrics.address", address)
+		v.rule(len(address) <= 107, "metrics.address", address, "at most 107 bytes long")
+	default:
+		addr, err := netip.ParseAddrPort(address)
+		v.rule(err == nil && addr.Addr().IsLoopback(), "metrics.address", address, "empty, the absolute path of a socket, or a loopback address and a port, like 127.0.0.1:9090")
+	}
 }
 
 // handlerName is what Kubernetes allows for the handler of a RuntimeClass: a DNS label.

@@ -173,6 +173,11 @@ func TestConfigErrors(t *testing.T) {
 			},
 		},
 		"stream address": {text: "[server]\nstream_address = '0.0.0.0:10010'\n", want: []string{`server.stream_address is "0.0.0.0:10010"; it has to be a loopback address`}},
+		"metrics address": {
+			text: "[metrics]\naddress = '10.0.0.1:9090'\n",
+			want: []string{`metrics.address is "10.0.0.1:9090"; it has to be empty, the absolute path of a socket, or a loopback address and a port`},
+		},
+		"metrics socket": {text: "[metrics]\naddress = '/run/../x'\n", want: []string{"metrics.address is \"/run/../x\"; it has to be an absolute, clean path"}},
 		"itself":         {text: "[containerd]\naddress = '/run/vmruntime/vmruntime.sock'\n", want: []string{"another socket than server.socket"}},
 		"user IDs":       {text: "[qemu]\nuid_base = 4294960000\nuid_count = 65536\n", want: []string{"qemu.uid_count is 65536"}},
 		"empty lists":    {text: "[vm]\nhandlers = []\n[network]\nbin_dirs = []\n", want: []string{"vm.handlers is []", "network.bin_dirs is []"}},
@@ -189,6 +194,20 @@ func TestConfigErrors(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+func TestMetricsAddress(t *testing.T) {
+	for address, want := range map[string]string{"": "tcp ", "127.0.0.1:9090": "tcp 127.0.0.1:9090", "[::1]:0": "tcp [::1]:0", "/run/m.sock": "unix /run/m.sock"} {
+		cfg := Default()
+		cfg.Metrics.Address = address
+		if err := cfg.Validate(); err != nil {
+			t.Errorf("%q: %v", address, err)
+		}
+		network, listen := cfg.Metrics.Listen()
+		if got := network + " " + listen; got != want {
+			t.Errorf("%q: listens at %q, want %q", address, got, want)
+		}
 	}
 }
 

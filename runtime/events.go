@@ -15,8 +15,10 @@ import (
 const eventBacklog = 1000
 
 type eventHub struct {
-	mu   sync.Mutex
-	subs map[chan *runtimeapi.ContainerEventResponse]struct{}
+	// order is held from an event's time until it is published, so that times never go back.
+	order sync.Mutex
+	mu    sync.Mutex
+	subs  map[chan *runtimeapi.ContainerEventResponse]struct{}
 }
 
 func (h *eventHub) subscribe() (chan *runtimeapi.ContainerEventResponse, func()) {
@@ -86,6 +88,8 @@ func (rt *Runtime) event(p *pod, id string, kind runtimeapi.ContainerEventType) 
 	if rt.events.idle() {
 		return
 	}
+	rt.events.order.Lock()
+	defer rt.events.order.Unlock()
 	ev := &runtimeapi.ContainerEventResponse{
 		ContainerId:        id,
 		ContainerEventType: kind,

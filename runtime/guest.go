@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -38,6 +39,10 @@ type guest struct {
 	// machine is what it has beside QEMU if it boots a disk; nil for a guest of ours.
 	machine *machineParts
 	log     *slog.Logger
+	// began is when QEMU was started, until the guest is its pod; zero if an earlier daemon started it.
+	began time.Time
+	// told says that the guest is to end, so that its end is no failure.
+	told atomic.Bool
 
 	mu      sync.Mutex
 	client  *agent.Client
@@ -53,11 +58,11 @@ type guest struct {
 	done   chan struct{}
 }
 
-// newGuest begins to supervise a VM that runs.
-func newGuest(p *pod, boot int, vm *qemu.VM, machine *machineParts) *guest {
+// newGuest begins to supervise a VM that runs. began is when this daemon started it, or zero.
+func newGuest(p *pod, boot int, vm *qemu.VM, machine *machineParts, began time.Time) *guest {
 	ctx, cancel := context.WithCancel(p.rt.ctx)
 	g := &guest{
-		pod: p, boot: boot, vm: vm, machine: machine,
+		pod: p, boot: boot, vm: vm, machine: machine, began: began,
 		log:     p.log.With("boot", boot),
 		changed: make(chan struct{}),
 		ctx:     ctx,
@@ -67,6 +72,7 @@ func newGuest(p *pod, boot int, vm *qemu.VM, machine *machineParts) *guest {
 	g.owned.Go(func() {
 		select {
 		case <-vm.Done():
+			g.countEnd()
 			cancel()
 		case <-ctx.Done():
 		}
@@ -109,6 +115,7 @@ func (g *guest) supervise(ctx context.Context) {
 			g.endOf(ctx, err)
 			return
 		}
+		g.countBoot(nil)
 		g.publish(client, nil)
 		select {
 		case <-client.Done():
@@ -172,10 +179,12 @@ func (g *guest) endOf(ctx context.Context, err error) {
 		}
 		kill, cancel := context.WithTimeout(context.WithoutCancel(ctx), plugTimeout)
 		defer cancel()
+		g.countSilence()
 		err = errors.Join(err, g.vm.Kill(kill))
 	} else if err = g.vm.Err(); err == nil {
 		err = errors.New("QEMU was told to quit")
 	}
+	g.countBoot(err)
 	g.log.Warn("the guest ended", "error", err)
 	g.publish(nil, err)
 }
@@ -286,6 +295,7 @@ func (g *guest) shutdown(ctx context.Context) {
 	if client == nil {
 		return
 	}
+	g.told.Store(true)
 	if _, err := client.Shutdown(ctx, &agentpb.ShutdownRequest{}); err != nil {
 		g.log.Debug("the guest did not shut down", "error", err)
 		return

@@ -349,6 +349,7 @@ func (g *guest) askAgents(ctx context.Context) bool {
 func (c *container) killMachine(ctx context.Context) error {
 	ctx = context.WithoutCancel(ctx)
 	if g := c.machineGuest(); g != nil {
+		g.told.Store(true)
 		quit, cancel := context.WithTimeout(ctx, quitTimeout)
 		defer cancel()
 		if err := g.vm.Quit(quit); err != nil {

@@ -164,7 +164,9 @@ func (p *pod) boot(ctx context.Context) (*guest, error) {
 }
 
 // launch runs QEMU; parts are what stands beside it, nil for a guest of ours. On error they stay the caller's. The caller holds life.
-func (p *pod) launch(ctx context.Context, machine qemu.Machine, parts *machineParts) (*guest, error) {
+func (p *pod) launch(ctx context.Context, machine qemu.Machine, parts *machineParts) (g *guest, err error) {
+	began := time.Now()
+	defer func() { p.rt.metrics.launched(parts, began, err) }()
 	taps, err := p.rt.net.OpenTaps(p.rec.Status().Network)
 	if err != nil {
 		return nil, fmt.Errorf("open the taps: %w", err)
@@ -188,6 +190,7 @@ func (p *pod) launch(ctx context.Context, machine qemu.Machine, parts *machinePa
 		return nil, fmt.Errorf("start QEMU: %w", err)
 	}
 	qemuRecord := vm.Record()
+	p.rt.metrics.restarted(p.rec.Status().Guest, parts)
 	record := guestRecord{Boot: p.rec.Status().Guest.Boot + 1, QEMU: &qemuRecord}
 	parts.record(&record)
 	if err := p.update(func(s *podStatus) error {
@@ -196,7 +199,7 @@ func (p *pod) launch(ctx context.Context, machine qemu.Machine, parts *machinePa
 	}); err != nil {
 		return nil, errors.Join(err, p.killVM(vm))
 	}
-	g := newGuest(p, record.Boot, vm, parts)
+	g = newGuest(p, record.Boot, vm, parts, began)
 	if share := parts.handOver(); share != nil {
 		g.followShare(share)
 	}
@@ -257,6 +260,7 @@ func (p *pod) runningGuest(ctx context.Context) (*guest, error) {
 func (p *pod) endGuest(ctx context.Context, g *guest) error {
 	var errs []error
 	if g != nil {
+		g.told.Store(true)
 		errs = append(errs, g.vm.Kill(ctx), g.Close())
 		p.setGuest(nil)
 	}

@@ -217,8 +217,9 @@ func (c *container) finish(end containerEnd) {
 		c.log.Error("recording the container's end", "error", err)
 	}
 	c.output.close()
-	c.markExited()
+	// Before anybody goes on who waits for the end: the event must not come after those of the container's removal.
 	c.rt.containerEvent(c, runtimeapi.ContainerEventType_CONTAINER_STOPPED_EVENT)
+	c.markExited()
 }
 
 // writeBack copies what the container left in files like its termination log to the node.

@@ -150,7 +150,7 @@ func (rt *Runtime) recoverPod(ctx context.Context, p *pod) error {
 	if s.Guest.Machine != "" {
 		parts = &machineParts{container: s.Guest.Machine}
 	}
-	g := newGuest(p, s.Guest.Boot, vm, parts)
+	g := newGuest(p, s.Guest.Boot, vm, parts, time.Time{})
 	p.setGuest(g)
 	if err := g.recoverShare(ctx, s.Guest.Share); err != nil {
 		p.log.Error("taking up virtiofsd", "error", err)

@@ -42,6 +42,7 @@ type Runtime struct {
 	accel        *acceleration
 	streaming    *streamServer
 	events       eventHub
+	metrics      vmMetrics
 
 	podStore       *state.Store[podSpec, podStatus]
 	containerStore *state.Store[containerSpec, containerStatus]
@@ -87,6 +88,7 @@ func New(cfg Config, d Dependencies) (*Runtime, error) {
 		launcher:       d.Launcher,
 		imageService:   runtimeapi.NewImageServiceClient(d.CRI),
 		guestImage:     guest,
+		metrics:        newVMMetrics(),
 		podNames:       state.NewNames(),
 		containerNames: state.NewNames(),
 		pods:           make(map[string]*pod),

@@ -38,13 +38,13 @@ func serve(ctx context.Context, cfg runtime.Config) (err error) {
 		return err
 	}
 	defer closing(&err, lock.Close)
-	listener, err := listen("server.socket", cfg.Server.Socket)
+	listener, err := listenSocket("server.socket", cfg.Server.Socket)
 	if err != nil {
 		return err
 	}
 	// Who serves a listener closes it too.
 	defer closing(&err, func() error { return ignoreClosed(listener.Close()) })
-	admin, err := listen("server.admin_socket", cfg.Server.AdminSocket)
+	admin, err := listenSocket("server.admin_socket", cfg.Server.AdminSocket)
 	if err != nil {
 		return err
 	}
@@ -72,6 +72,10 @@ func serve(ctx context.Context, cfg runtime.Config) (err error) {
 		cri: delegate.New(delegate.Options{VM: rt, Containerd: conn, Logger: log}), criListener: listener,
 		admin: runtime.NewAdminServer(rt), adminListener: admin,
 	}
+	if s.metrics, err = serveMetrics(cfg.Metrics, s.cri, rt); err != nil {
+		return err
+	}
+	defer closing(&err, s.metrics.close)
 	return s.answer(ctx, rt, log)
 }
 
@@ -81,6 +85,7 @@ type servers struct {
 	criListener   net.Listener
 	admin         *runtime.AdminServer
 	adminListener net.Listener
+	metrics       *metricsServer
 }
 
 // answer serves calls, recovers the pods, says that it is ready, and waits for the end.
@@ -88,6 +93,7 @@ func (s servers) answer(ctx context.Context, rt *runtime.Runtime, log *slog.Logg
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return s.cri.Serve(s.criListener) })
 	g.Go(func() error { return s.admin.Serve(s.adminListener) })
+	g.Go(s.metrics.serve)
 	g.Go(func() error {
 		if err := rt.Recover(ctx); err != nil {
 			return fmt.Errorf("recover pods: %w", err)
@@ -104,6 +110,7 @@ func (s servers) answer(ctx context.Context, rt *runtime.Runtime, log *slog.Logg
 		defer cancel()
 		var end errgroup.Group
 		end.Go(func() error { s.admin.Stop(stop); return nil })
+		end.Go(s.metrics.close)
 		s.cri.Stop(stop)
 		return errors.Join(err, end.Wait())
 	})
@@ -132,9 +139,9 @@ func takeLock(path string) (*os.File, error) {
 	return f, nil
 }
 
-// listen makes the socket, only for root from its first moment on. It replaces the one that a killed daemon left.
+// listenSocket makes the socket, only for root from its first moment on. It replaces the one that a killed daemon left.
 // The key names it in the configuration.
-func listen(key, path string) (net.Listener, error) {
+func listenSocket(key, path string) (net.Listener, error) {
 	info, err := os.Lstat(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):

@@ -34,7 +34,7 @@ ssh -L 5900:127.0.0.1:PORT NODE, or ssh -L 5900:/PATH NODE, and the viewer to 12
 		return flags.ask(cmd.Context(), func(ctx context.Context, c vmpb.VMServiceClient) error {
 			return serveVNC(ctx, c, args[0], func() (net.Listener, error) {
 				if *socket != "" {
-					return listen("--socket", *socket)
+					return listenSocket("--socket", *socket)
 				}
 				return net.Listen("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(int(*port))))
 			}, cmd.OutOrStdout())

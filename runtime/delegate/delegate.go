@@ -73,6 +73,7 @@ type Server struct {
 	containerd *grpc.ClientConn
 	log        *slog.Logger
 	owners     map[string]Owner
+	calls      callMetrics
 	grpc       *grpc.Server
 	ready      atomic.Bool
 	// stopping ends streams, which otherwise have no end.
@@ -104,7 +105,7 @@ func Dial(socket string) (*grpc.ClientConn, error) {
 
 // New makes a server that answers Unavailable until SetReady.
 func New(o Options) *Server {
-	s := &Server{vm: o.VM, containerd: o.Containerd, log: o.Logger, owners: owners()}
+	s := &Server{vm: o.VM, containerd: o.Containerd, log: o.Logger, owners: owners(), calls: newCallMetrics()}
 	s.stopping, s.stop = context.WithCancel(context.Background())
 	s.grpc = grpc.NewServer(
 		grpc.ForceServerCodecV2(codec{}),
@@ -143,22 +144,25 @@ func (s *Server) Stop(ctx context.Context) {
 
 // unary is below every unary method of the services that are registered.
 func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
-	owner := s.owner(info.FullMethod)
-	defer s.observe(ctx, info.FullMethod, owner, time.Now(), &err)
+	owner, by := s.owner(info.FullMethod), byNone
+	defer s.observe(ctx, info.FullMethod, &by, time.Now(), &err)
 	defer s.guard(info.FullMethod, &err)
 	if err := s.checkReady(); err != nil {
 		return nil, err
 	}
 	c := call{method: info.FullMethod, req: req, handler: handler}
-	switch owner {
-	case ByHandler, ByPod, ByContainer:
-		return s.route(ctx, owner, c)
-	case Merged:
+	if by, err = s.answerer(ctx, owner, req); err != nil {
+		return nil, err
+	}
+	switch {
+	case owner == Merged:
 		return s.merge(ctx, c)
-	case Identity:
+	case owner == Identity:
 		return s.identity(ctx, c)
-	case Fallback:
+	case owner == Fallback:
 		return s.fallback(ctx, c)
+	case by == byVM:
+		return s.callVM(ctx, c)
 	default:
 		return s.callContainerd(ctx, c)
 	}
@@ -166,12 +170,13 @@ func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo,
 
 // stream is below every streaming method, and below what is not registered.
 func (s *Server) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) (err error) {
-	owner := s.owner(info.FullMethod)
-	defer s.observe(ss.Context(), info.FullMethod, owner, time.Now(), &err)
+	owner, by := s.owner(info.FullMethod), byNone
+	defer s.observe(ss.Context(), info.FullMethod, &by, time.Now(), &err)
 	defer s.guard(info.FullMethod, &err)
 	if err := s.checkReady(); err != nil {
 		return err
 	}
+	by = owner.answerer()
 	ctx, cancel := context.WithCancelCause(ss.Context())
 	defer cancel(nil)
 	defer context.AfterFunc(s.stopping, func() { cancel(errStopping) })()
@@ -206,11 +211,12 @@ func (s *Server) owner(method string) Owner {
 	return Containerd
 }
 
-// observe tells at level debug who answered a call and how.
-func (s *Server) observe(ctx context.Context, method string, owner Owner, start time.Time, err *error) {
+// observe counts a call, and tells at level debug who answered it and how.
+func (s *Server) observe(ctx context.Context, method string, by *answerer, start time.Time, err *error) {
+	took := time.Since(start)
+	s.calls.observe(method, *by, took, *err)
 	if s.log.Enabled(ctx, slog.LevelDebug) {
-		s.log.DebugContext(ctx, "CRI call", "method", method, "owner", owner,
-			"took", time.Since(start), "code", status.Code(*err), "error", *err)
+		s.log.DebugContext(ctx, "CRI call", "method", method, "side", *by, "took", took, "code", status.Code(*err), "error", *err)
 	}
 }
 

@@ -54,17 +54,22 @@ func outgoing(ctx context.Context) context.Context {
 	return metadata.NewOutgoingContext(ctx, md)
 }
 
-// route gives a call to whom its handler, pod or container belongs. What neither side knows is containerd's to
-// answer, as the CRI has it for unknown IDs.
-func (s *Server) route(ctx context.Context, owner Owner, c call) (any, error) {
-	ours, err := s.ours(ctx, owner, c.req)
-	if err != nil {
-		return nil, err
+// answerer tells who answers a call. What is routed by handler, pod or container is of whom that is; what neither side knows is
+// containerd's to answer, as the CRI has it for unknown IDs.
+func (s *Server) answerer(ctx context.Context, owner Owner, req any) (answerer, error) {
+	switch owner {
+	case ByHandler, ByPod, ByContainer:
+		ours, err := s.ours(ctx, owner, req)
+		switch {
+		case err != nil:
+			return byNone, err
+		case ours:
+			return byVM, nil
+		}
+		return byContainerd, nil
+	default:
+		return owner.answerer(), nil
 	}
-	if ours {
-		return s.callVM(ctx, c)
-	}
-	return s.callContainerd(ctx, c)
 }
 
 // fullID is the length of an ID that is no prefix.

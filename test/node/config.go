@@ -128,4 +128,7 @@ dir = "{{.Guest}}"
 [network]
 conf_dir = "{{.Root}}/cni/conf"
 bin_dirs = ["{{.CNI}}"]
+
+[metrics]
+address = "{{.Root}}/run/metrics.sock"
 `

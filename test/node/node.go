@@ -143,6 +143,9 @@ func (n *Node) path(elem ...string) string {
 // ContainerdSocket is containerd's own socket.
 func (n *Node) ContainerdSocket() string { return n.path("run", "containerd.sock") }
 
+// MetricsSocket is where vmruntime serves its metrics.
+func (n *Node) MetricsSocket() string { return n.path("run", "metrics.sock") }
+
 // Socket is where the CRI is served: vmruntime's socket if the node has it.
 func (n *Node) Socket() string {
 	if n.options.VMRuntime == "" {

@@ -54,6 +54,8 @@ type worldKey struct{}
 //	until NAME STATE          waits until status prints STATE
 //	within DURATION NAME STATE   the same, at most so long
 //	event TYPE NAME           waits for an event
+//	events POD                all events of a pod and its containers: type, name, the pod's state and those of its containers
+//	metric VALUE SAMPLE       waits until vmruntime's sample, or the sum of those whose name and labels begin so, has the value
 //	vm POD COMMAND            what fakeQEMU.command does, or: kill
 //	trace POD                 what a removed pod's VM was asked, normalised
 //	count POD N TEXT          waits until the text is N times in that
@@ -181,6 +183,7 @@ func scriptCommands() map[string]command {
 		"vm": least(2, vmCommand), "trace": least(1, traceCommand), "count": least(3, countCommand),
 		"message": least(1, messageCommand), "stats": least(1, statsCommand), "startwithin": least(2, startWithinCommand),
 		"reboot": least(1, rebootCommand),
+		"events": least(1, eventsCommand), "metric": least(2, metricCommand),
 		"logged": least(2, loggedCommand), "leaks": leaksCommand, "wholelog": least(2, wholeLogCommand),
 	}
 }
