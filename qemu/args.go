@@ -25,6 +25,8 @@ const (
 	kernelPath   = "/boot/kernel"
 	initrdPath   = "/boot/initrd"
 	ignitionPath = "/boot/ignition"
+	// fdPath is where QEMU finds its own descriptors by name.
+	fdPath = "/fd"
 	// consolePath is what QEMU adds ".in" and ".out" to.
 	consolePath = "/console"
 
@@ -40,6 +42,7 @@ type Descriptors struct {
 	Disks      []int // one for each of Machine.Disks
 	NICs       []int // taps, one for each of Machine.NICs
 
+	Memory     int   // a file, unless Machine.Memory is MemoryOwn
 	GuestAgent int   // a listening socket, if Machine.GuestAgent
 	Backing    []int // one for each of Machine.Disks, 0 where there is none
 	Code, Vars int   // if Machine.Firmware
@@ -79,9 +82,13 @@ func (m Machine) Args(fds Descriptors) []string {
 	add("-cpu", m.CPUModel)
 	add("-smp", fmt.Sprintf("cpus=%d,sockets=1,cores=%d,threads=1", m.VCPUs, m.VCPUs))
 	add("-m", fmt.Sprintf("%dM", m.MemoryBytes/mib))
-	add("-object", m.memory().String())
+	add("-object", m.memory(fds).String())
 	add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
 	add("-action", m.actions())
+	if m.Incoming {
+		add("-incoming", "defer")
+		a = append(a, "-S")
+	}
 	for _, o := range m.boot(fds) {
 		add(o.option, o.value)
 	}
@@ -117,7 +124,13 @@ func (m Machine) machineType() string {
 	return t
 }
 
-func (m Machine) memory() props {
+func (m Machine) memory(fds Descriptors) props {
+	if m.Memory != MemoryOwn {
+		return props{
+			"qom-type": "memory-backend-file", "id": "mem", "size": m.MemoryBytes,
+			"mem-path": fmt.Sprintf("%s/%d", fdPath, fds.Memory), "share": m.Memory == MemoryShared,
+		}
+	}
 	p := props{"qom-type": "memory-backend-memfd", "id": "mem", "size": m.MemoryBytes, "share": true}
 	if m.HugePageBytes > 0 {
 		// Taken now, or else the guest would die of the first page that is not there.

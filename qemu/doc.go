@@ -18,6 +18,8 @@
 //     both waits: then every byte has its offset, and none is lost or doubled.
 //   - A VM with its own firmware, disk or Machine.Type differs from one that boots our kernel in nothing but its Machine. QEMU opens
 //     no image by name: disks, what is below them and EFI's flash come as descriptors, and no image's header names another.
+//   - A state goes in and out of QEMU through a pipe, and memory that outlives a QEMU is a descriptor of the caller's: no QEMU
+//     has a file of its own. A clone's private memory is never written back, whatever that QEMU does, if its file is sealed.
 //   - Every device and block node is named after its serial, tag or ID; the state of hot-plug is asked of QEMU,
 //     never remembered.
 package qemu

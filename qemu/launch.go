@@ -38,6 +38,8 @@ type confinement struct {
 	// Binds are shown in the new root, read-only if not said otherwise; a symbolic link is copied.
 	Binds []bind `json:"binds"`
 	KVM   bool   `json:"kvm"` // needs /dev/kvm
+	// FDs shows the program its own descriptors as files in fdPath.
+	FDs bool `json:"fds,omitempty"`
 }
 
 type bind struct {
@@ -141,6 +143,12 @@ func (c *confinement) fillRoot() error {
 	for _, b := range c.Binds {
 		if err := c.bind(b); err != nil {
 			return fmt.Errorf("show %s in the new root: %w", b.Source, err)
+		}
+	}
+	if c.FDs {
+		// Of this process, which becomes the program; the kernel lets no other one look in.
+		if err := c.bind(bind{Source: fmt.Sprintf("/proc/%d/fd", os.Getpid()), Target: fdPath}); err != nil {
+			return fmt.Errorf("show descriptors in the new root: %w", err)
 		}
 	}
 	return c.devices()

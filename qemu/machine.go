@@ -56,6 +56,13 @@ const (
 	WatchdogNMI      = "inject-nmi" // the guest gets an interrupt that cannot be masked
 )
 
+// Values of Machine.Memory.
+const (
+	MemoryOwn     = ""        // made by QEMU, and gone with it
+	MemoryShared  = "shared"  // Spec.Memory itself: what the guest writes is in the file
+	MemoryPrivate = "private" // Spec.Memory copy-on-write: what the guest writes is its own. No share can be plugged.
+)
+
 // Values of Disk.Bus.
 const (
 	BusSCSI   = "" // virtio-scsi
@@ -83,9 +90,15 @@ type Machine struct {
 	CPUModel string
 	// VCPUs is the number of processors, all cores of one socket; 1 by default.
 	VCPUs int
-	// MemoryBytes is the guest's memory, a multiple of 1 MiB; 256 MiB by default. It is a shared memfd, so that
-	// vhost-user devices can be plugged at any time.
+	// MemoryBytes is the guest's memory, a multiple of 1 MiB; 256 MiB by default. It is shared memory, so that
+	// vhost-user devices can be plugged at any time, but with MemoryPrivate.
 	MemoryBytes int64
+	// Memory is MemoryOwn, MemoryShared or MemoryPrivate.
+	Memory string
+	// Incoming begins the machine with Spec.State instead of a boot: saved by SaveState with MemoryOwn, by SaveDevices otherwise. Start
+	// returns when it is loaded; the guest goes on with VM.Resume. Accelerator, processors, memory's size and
+	// devices have to be as in the machine that was saved; the files behind disks and NICs may be others, and disks on SCSI may be more.
+	Incoming bool
 	// HugePageBytes is the size of the host's huge pages that the memory is taken from, all of it at the start;
 	// 0 takes ordinary pages.
 	HugePageBytes int64
@@ -235,6 +248,9 @@ func (m Machine) validateSystem(p *problems) {
 	p.rule(slices.Contains([]string{"", VideoStd, VideoVirtio}, m.Video), "machine.video", m.Video, "empty, std or virtio")
 	p.rule(slices.Contains([]string{"", WatchdogReset, WatchdogPoweroff, WatchdogPause, WatchdogNMI}, m.Watchdog),
 		"machine.watchdog", m.Watchdog, "empty, reset, poweroff, pause or inject-nmi")
+	p.rule(slices.Contains([]string{MemoryOwn, MemoryShared, MemoryPrivate}, m.Memory), "machine.memory", m.Memory, "empty, shared or private")
+	p.rule(m.Memory == MemoryOwn || huge == 0, "machine.hugePageBytes", huge, "0 with memory that is handed over")
+	p.rule(m.Memory != MemoryPrivate || len(m.Shares) == 0, "machine.shares", len(m.Shares), "none with private memory")
 	p.rule(m.TPMSocket == "" || filepath.IsAbs(m.TPMSocket), "machine.tpmSocket", m.TPMSocket, "empty or an absolute path")
 }
 

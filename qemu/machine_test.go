@@ -67,10 +67,17 @@ func TestArgsGolden(t *testing.T) {
 		Name: "bios", Arch: ArchX86, Type: TypeX86, Accel: AccelTCG, Video: VideoVirtio, Watchdog: WatchdogReset, ResetInPlace: true, ConsolePipe: true, Balloon: true,
 		Disks: []Disk{{Serial: "root", Path: "/o", Format: "qcow2", Backing: &Backing{"/disk.img", "raw"}, Bus: BusVirtio, BootIndex: 1}},
 	}
+	made, clone, restored := pod(), pod(), pod()
+	made.Memory = MemoryShared
+	clone.Memory, clone.Incoming = MemoryPrivate, true
+	restored.Incoming = true
+	memoryFDs := podFDs
+	memoryFDs.Memory = 10
 	for name, tc := range map[string]struct {
 		m   Machine
 		fds Descriptors
 	}{
+		"x86_64-template": {made, memoryFDs}, "x86_64-clone": {clone, memoryFDs}, "x86_64-restored": {restored, podFDs},
 		"x86_64-tcg": {pod(), podFDs}, "x86_64-kvm": {kvm, podFDs}, "aarch64-tcg": {arm, podFDs}, "small": {small, podFDs},
 		"x86_64-secureboot": {disked(), fds}, "aarch64-efi": {efi, fds}, "x86_64-direct": {direct, fds}, "x86_64-bios": {bios, fds},
 	} {
@@ -102,12 +109,17 @@ func TestValidate(t *testing.T) {
 		change func(*Machine)
 		want   []string
 	}{
-		"valid":  {func(*Machine) {}, nil},
-		"name":   {func(m *Machine) { m.Name = "a,b" }, []string{`machine.name is "a,b"`}},
-		"uuid":   {func(m *Machine) { m.UUID = "x" }, []string{`machine.uuid is "x"`}},
-		"kernel": {func(m *Machine) { m.Kernel = "k" }, []string{`machine.kernel is "k"; it has to be an absolute path`}},
-		"cpu":    {func(m *Machine) { m.CPUModel = "max -evil" }, []string{"machine.cpuModel"}},
-		"memory": {func(m *Machine) { m.MemoryBytes = 100<<20 + 1 }, []string{"a multiple of 1 MiB"}},
+		"valid":                  {func(*Machine) {}, nil},
+		"name":                   {func(m *Machine) { m.Name = "a,b" }, []string{`machine.name is "a,b"`}},
+		"uuid":                   {func(m *Machine) { m.UUID = "x" }, []string{`machine.uuid is "x"`}},
+		"kernel":                 {func(m *Machine) { m.Kernel = "k" }, []string{`machine.kernel is "k"; it has to be an absolute path`}},
+		"cpu":                    {func(m *Machine) { m.CPUModel = "max -evil" }, []string{"machine.cpuModel"}},
+		"memory":                 {func(m *Machine) { m.MemoryBytes = 100<<20 + 1 }, []string{"a multiple of 1 MiB"}},
+		"memory's kind":          {func(m *Machine) { m.Memory = "mine" }, []string{`machine.memory is "mine"; it has to be empty, shared or private`}},
+		"huge pages handed over": {func(m *Machine) { m.Memory, m.HugePageBytes = MemoryShared, 2<<20 }, []string{"machine.hugePageBytes"}},
+		"share of private memory": {func(m *Machine) { m.Memory, m.Shares = MemoryPrivate, []Share{{Tag: "a", Socket: "/s"}} }, []string{
+			`machine.shares is "1"; it has to be none with private memory`,
+		}},
 		"serials": {func(m *Machine) { m.Disks[1].Serial = "scratch"; m.Disks[0].Format = "" }, []string{
 			`machine.disks[0].format is ""`, `machine.disks[1].serial is "scratch"; it has to be used once`,
 		}},

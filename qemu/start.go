@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -42,6 +43,11 @@ type Spec struct {
 	UID, GID uint32
 	// Taps are one for each NIC of the machine. They stay the caller's.
 	Taps []*os.File
+	// Memory is a file of Machine.MemoryBytes that the guest's memory is, or begins with; see Machine.Memory. For MemoryPrivate a memfd
+	// that is sealed against writing is right. It stays the caller's.
+	Memory *os.File
+	// State is what a machine that is Incoming begins with.
+	State io.Reader
 	// Place, if there, is called with the process while it has done nothing yet, to put it into its cgroup.
 	Place func(pid int) error
 	// Log takes what is not an error; slog.Default by default.
@@ -54,6 +60,8 @@ func (s Spec) validate() error {
 	p.rule(s.GID != 0, "gid", s.GID, "another group than root's")
 	p.rule(len(s.Taps) == len(s.Machine.NICs), "taps", len(s.Taps), fmt.Sprintf("%d, one for each NIC", len(s.Machine.NICs)))
 	p.rule(filepath.IsAbs(s.RunDir), "runDir", s.RunDir, "an absolute path")
+	p.rule((s.Memory != nil) == (s.Machine.Memory != MemoryOwn), "memory", s.Memory != nil, "a file exactly if the machine's memory is shared or private")
+	p.rule((s.State != nil) == s.Machine.Incoming, "state", s.State != nil, "there exactly if the machine is incoming")
 	return errors.Join(append(p, s.Machine.Validate())...)
 }
 
@@ -81,7 +89,7 @@ func (i *inheritance) close() {
 	}
 }
 
-// Start runs a machine and returns when QEMU answers; the guest has begun to boot. On error nothing is left but what
+// Start runs a machine and returns when QEMU answers; the guest has begun to boot, or, if Incoming, waits for VM.Resume. On error nothing is left but what
 // it made in RunDir.
 func Start(ctx context.Context, s Spec) (*VM, error) {
 	if s.Log == nil {
@@ -115,6 +123,11 @@ func Start(ctx context.Context, s Spec) (*VM, error) {
 	in.close() // so that a QEMU that ends early refuses the connection
 	if err := v.connect(ctx); err != nil {
 		return nil, v.abandon(err)
+	}
+	if s.Machine.Incoming {
+		if err := v.load(ctx, s.State, s.Machine.Memory != MemoryOwn); err != nil {
+			return nil, v.abandon(err)
+		}
 	}
 	if s.Machine.Balloon {
 		if err := v.pollStats(ctx); err != nil {
@@ -152,6 +165,9 @@ func (s Spec) open(ctx context.Context, in *inheritance) (Descriptors, error) {
 	}
 	if err := s.connectSockets(ctx, in, &fds); err != nil {
 		return fds, err
+	}
+	if s.Memory != nil {
+		fds.Memory = in.lend(s.Memory)
 	}
 	for _, t := range s.Taps {
 		fds.NICs = append(fds.NICs, in.lend(t))
@@ -312,7 +328,7 @@ func (s Spec) job(fds Descriptors) (job, error) {
 	return job{
 		Argv: append([]string{binary}, s.Machine.Args(fds)...),
 		Confine: &confinement{
-			UID: s.UID, GID: s.GID, Root: root, Binds: binds, KVM: s.Machine.Accel == AccelKVM,
+			UID: s.UID, GID: s.GID, Root: root, Binds: binds, KVM: s.Machine.Accel == AccelKVM, FDs: s.Machine.Memory != MemoryOwn,
 		},
 	}, nil
 }

@@ -115,6 +115,12 @@ func do(words []string) (string, error) {
 		return tpm(words[1])
 	case "disks":
 		return disks()
+	case "scan": // looks for the disk of LUN 0
+		hosts, err := filepath.Glob("/sys/class/scsi_host/host*/scan")
+		for _, h := range hosts {
+			err = errors.Join(err, os.WriteFile(h, []byte("0 0 0"), 0))
+		}
+		return "", err
 	case "flood":
 		for range 20000 {
 			fmt.Println(strings.Repeat("x", 70))
