@@ -8,6 +8,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/vmruntime/vmruntime/agent/agentpb"
+	"github.com/vmruntime/vmruntime/runtime/cgroup"
 )
 
 // statsTimeout bounds the wait for one guest's answer: a guest that still boots or hangs has no statistics,
@@ -38,8 +39,8 @@ func (s *cpuSample) nanoCores(usage uint64, at time.Time) uint64 {
 	return s.rate
 }
 
-// guestStats asks a pod's guest; a guest that does not run has none.
-func (p *pod) guestStats(ctx context.Context) *agentpb.StatsResponse {
+// guestStats asks a pod's guest; a guest that does not run has none. Counting open files takes the guest longer.
+func (p *pod) guestStats(ctx context.Context, descriptors bool) *agentpb.StatsResponse {
 	g := p.currentGuest()
 	if g == nil || !g.alive() || g.machine != nil {
 		return nil
@@ -50,7 +51,7 @@ func (p *pod) guestStats(ctx context.Context) *agentpb.StatsResponse {
 	if err != nil {
 		return nil
 	}
-	resp, err := client.Stats(ctx, &agentpb.StatsRequest{})
+	resp, err := client.Stats(ctx, &agentpb.StatsRequest{Descriptors: descriptors})
 	if err != nil {
 		p.log.Debug("asking the guest for statistics", "error", err)
 		return nil
@@ -64,7 +65,7 @@ func (rt *Runtime) ContainerStats(ctx context.Context, req *runtimeapi.Container
 	if err != nil {
 		return nil, err
 	}
-	return &runtimeapi.ContainerStatsResponse{Stats: c.stats(ctx, c.pod.guestStats(ctx))}, nil
+	return &runtimeapi.ContainerStatsResponse{Stats: c.stats(ctx, c.pod.guestStats(ctx, false))}, nil
 }
 
 // ListContainerStats reports what the containers that the filter lets through use. Guests are asked side by side.
@@ -82,7 +83,7 @@ func (rt *Runtime) ListContainerStats(ctx context.Context, req *runtimeapi.ListC
 		}
 	}
 	resp := &runtimeapi.ListContainerStatsResponse{}
-	for p, guest := range askAll(ctx, selected) {
+	for p, guest := range askAll(ctx, selected, false) {
 		for _, c := range selected[p] {
 			resp.Stats = append(resp.Stats, c.stats(ctx, guest))
 		}
@@ -90,13 +91,13 @@ func (rt *Runtime) ListContainerStats(ctx context.Context, req *runtimeapi.ListC
 	return resp, nil
 }
 
-func askAll[V any](ctx context.Context, pods map[*pod]V) map[*pod]*agentpb.StatsResponse {
+func askAll[V any](ctx context.Context, pods map[*pod]V, descriptors bool) map[*pod]*agentpb.StatsResponse {
 	var mu sync.Mutex
 	var asked sync.WaitGroup
 	out := make(map[*pod]*agentpb.StatsResponse, len(pods))
 	for p := range pods {
 		asked.Go(func() {
-			s := p.guestStats(ctx)
+			s := p.guestStats(ctx, descriptors)
 			mu.Lock()
 			defer mu.Unlock()
 			out[p] = s
@@ -181,7 +182,7 @@ func (rt *Runtime) PodSandboxStats(ctx context.Context, req *runtimeapi.PodSandb
 	if err != nil {
 		return nil, err
 	}
-	return &runtimeapi.PodSandboxStatsResponse{Stats: p.stats(ctx, p.guestStats(ctx))}, nil
+	return &runtimeapi.PodSandboxStatsResponse{Stats: p.stats(ctx, p.guestStats(ctx, false))}, nil
 }
 
 // ListPodSandboxStats reports the pods that the filter lets through and that have not been stopped.
@@ -198,7 +199,7 @@ func (rt *Runtime) ListPodSandboxStats(ctx context.Context, req *runtimeapi.List
 		}
 	}
 	resp := &runtimeapi.ListPodSandboxStatsResponse{}
-	for p, guest := range askAll(ctx, selected) {
+	for p, guest := range askAll(ctx, selected, false) {
 		resp.Stats = append(resp.Stats, p.stats(ctx, guest))
 	}
 	return resp, nil
@@ -220,6 +221,7 @@ func (p *pod) stats(ctx context.Context, guest *agentpb.StatsResponse) *runtimea
 			RssBytes:        value(host.MemoryRSSBytes),
 			PageFaults:      value(host.PageFaults),
 			MajorPageFaults: value(host.MajorPageFaults),
+			AvailableBytes:  p.memoryAvailable(host),
 		}
 	}
 	if guest != nil {
@@ -239,6 +241,17 @@ func (p *pod) stats(ctx context.Context, guest *agentpb.StatsResponse) *runtimea
 	}
 }
 
+// memoryAvailable is what the pod may still use on the node; nil if it has no limit.
+func (p *pod) memoryAvailable(host cgroup.Stats) *runtimeapi.UInt64Value {
+	linux := p.config().GetLinux()
+	limit := linux.GetResources().GetMemoryLimitInBytes()
+	if limit <= 0 {
+		return nil
+	}
+	limit += linux.GetOverhead().GetMemoryLimitInBytes()
+	return value(uint64(max(0, limit-int64(host.MemoryWorkingSetBytes))))
+}
+
 func (p *pod) networkUsage(now time.Time) *runtimeapi.NetworkUsage {
 	att := p.rec.Status().Network
 	if att == nil {
@@ -247,7 +260,9 @@ func (p *pod) networkUsage(now time.Time) *runtimeapi.NetworkUsage {
 	interfaces, err := p.rt.net.Stats(att)
 	if err != nil {
 		p.log.Debug("reading interface counters", "error", err)
-		return nil
+	}
+	if len(interfaces) == 0 {
+		return nil // the kubelet takes it that usage of the network has a default interface
 	}
 	out := &runtimeapi.NetworkUsage{Timestamp: now.UnixNano()}
 	for i, s := range interfaces {

@@ -111,13 +111,3 @@ func (rt *Runtime) RestorePod(context.Context, *runtimeapi.RestorePodRequest) (*
 func (rt *Runtime) UpdatePodSandboxResources(context.Context, *runtimeapi.UpdatePodSandboxResourcesRequest) (*runtimeapi.UpdatePodSandboxResourcesResponse, error) {
 	return nil, notBuilt("changing the size")
 }
-
-// ListMetricDescriptors has no metrics of VM pods yet; containerd's stand alone.
-func (rt *Runtime) ListMetricDescriptors(context.Context, *runtimeapi.ListMetricDescriptorsRequest) (*runtimeapi.ListMetricDescriptorsResponse, error) {
-	return &runtimeapi.ListMetricDescriptorsResponse{}, nil
-}
-
-// ListPodSandboxMetrics has no metrics of VM pods yet; containerd's stand alone.
-func (rt *Runtime) ListPodSandboxMetrics(context.Context, *runtimeapi.ListPodSandboxMetricsRequest) (*runtimeapi.ListPodSandboxMetricsResponse, error) {
-	return &runtimeapi.ListPodSandboxMetricsResponse{}, nil
-}

@@ -2134,7 +2134,9 @@ func (x *ListResponse) GetProcesses() []*ProcessState {
 type StatsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Empty is all.
-	ContainerIds  []string `protobuf:"bytes,1,rep,name=container_ids,json=containerIds,proto3" json:"container_ids,omitempty"`
+	ContainerIds []string `protobuf:"bytes,1,rep,name=container_ids,json=containerIds,proto3" json:"container_ids,omitempty"`
+	// Count open files and sockets, for which /proc has to be walked.
+	Descriptors   bool `protobuf:"varint,2,opt,name=descriptors,proto3" json:"descriptors,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2174,6 +2176,13 @@ func (x *StatsRequest) GetContainerIds() []string {
 		return x.ContainerIds
 	}
 	return nil
+}
+
+func (x *StatsRequest) GetDescriptors() bool {
+	if x != nil {
+		return x.Descriptors
+	}
+	return false
 }
 
 type StatsResponse struct {
@@ -2243,8 +2252,15 @@ type ContainerStats struct {
 	Cgroup         *CgroupStats           `protobuf:"bytes,2,opt,name=cgroup,proto3" json:"cgroup,omitempty"`
 	WritableBytes  uint64                 `protobuf:"varint,3,opt,name=writable_bytes,json=writableBytes,proto3" json:"writable_bytes,omitempty"`
 	WritableInodes uint64                 `protobuf:"varint,4,opt,name=writable_inodes,json=writableInodes,proto3" json:"writable_inodes,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// With StatsRequest.descriptors.
+	FileDescriptors uint64 `protobuf:"varint,5,opt,name=file_descriptors,json=fileDescriptors,proto3" json:"file_descriptors,omitempty"`
+	Sockets         uint64 `protobuf:"varint,6,opt,name=sockets,proto3" json:"sockets,omitempty"`
+	// The file system of the writable layers, one for all containers of the pod.
+	WritableSizeBytes   uint64 `protobuf:"varint,7,opt,name=writable_size_bytes,json=writableSizeBytes,proto3" json:"writable_size_bytes,omitempty"`
+	WritableInodesTotal uint64 `protobuf:"varint,8,opt,name=writable_inodes_total,json=writableInodesTotal,proto3" json:"writable_inodes_total,omitempty"`
+	WritableInodesFree  uint64 `protobuf:"varint,9,opt,name=writable_inodes_free,json=writableInodesFree,proto3" json:"writable_inodes_free,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
 }
 
 func (x *ContainerStats) Reset() {
@@ -2305,6 +2321,41 @@ func (x *ContainerStats) GetWritableInodes() uint64 {
 	return 0
 }
 
+func (x *ContainerStats) GetFileDescriptors() uint64 {
+	if x != nil {
+		return x.FileDescriptors
+	}
+	return 0
+}
+
+func (x *ContainerStats) GetSockets() uint64 {
+	if x != nil {
+		return x.Sockets
+	}
+	return 0
+}
+
+func (x *ContainerStats) GetWritableSizeBytes() uint64 {
+	if x != nil {
+		return x.WritableSizeBytes
+	}
+	return 0
+}
+
+func (x *ContainerStats) GetWritableInodesTotal() uint64 {
+	if x != nil {
+		return x.WritableInodesTotal
+	}
+	return 0
+}
+
+func (x *ContainerStats) GetWritableInodesFree() uint64 {
+	if x != nil {
+		return x.WritableInodesFree
+	}
+	return 0
+}
+
 type CgroupStats struct {
 	state                 protoimpl.MessageState `protogen:"open.v1"`
 	CpuUsageNano          uint64                 `protobuf:"varint,1,opt,name=cpu_usage_nano,json=cpuUsageNano,proto3" json:"cpu_usage_nano,omitempty"`
@@ -2320,10 +2371,28 @@ type CgroupStats struct {
 	CpuPressure           *Pressure              `protobuf:"bytes,11,opt,name=cpu_pressure,json=cpuPressure,proto3" json:"cpu_pressure,omitempty"`
 	MemoryPressure        *Pressure              `protobuf:"bytes,12,opt,name=memory_pressure,json=memoryPressure,proto3" json:"memory_pressure,omitempty"`
 	IoPressure            *Pressure              `protobuf:"bytes,13,opt,name=io_pressure,json=ioPressure,proto3" json:"io_pressure,omitempty"`
-	IoReadBytes           uint64                 `protobuf:"varint,14,opt,name=io_read_bytes,json=ioReadBytes,proto3" json:"io_read_bytes,omitempty"`
-	IoWriteBytes          uint64                 `protobuf:"varint,15,opt,name=io_write_bytes,json=ioWriteBytes,proto3" json:"io_write_bytes,omitempty"`
-	unknownFields         protoimpl.UnknownFields
-	sizeCache             protoimpl.SizeCache
+	// The fields from here on but the disks are of a container's cgroup only.
+	CpuUserNano   uint64 `protobuf:"varint,16,opt,name=cpu_user_nano,json=cpuUserNano,proto3" json:"cpu_user_nano,omitempty"`
+	CpuSystemNano uint64 `protobuf:"varint,17,opt,name=cpu_system_nano,json=cpuSystemNano,proto3" json:"cpu_system_nano,omitempty"`
+	// Periods of the CPU limit, those in which it was reached, and how long processes were held back.
+	CpuPeriods              uint64 `protobuf:"varint,18,opt,name=cpu_periods,json=cpuPeriods,proto3" json:"cpu_periods,omitempty"`
+	CpuThrottledPeriods     uint64 `protobuf:"varint,19,opt,name=cpu_throttled_periods,json=cpuThrottledPeriods,proto3" json:"cpu_throttled_periods,omitempty"`
+	CpuThrottledNano        uint64 `protobuf:"varint,20,opt,name=cpu_throttled_nano,json=cpuThrottledNano,proto3" json:"cpu_throttled_nano,omitempty"`
+	MemoryCacheBytes        uint64 `protobuf:"varint,21,opt,name=memory_cache_bytes,json=memoryCacheBytes,proto3" json:"memory_cache_bytes,omitempty"`
+	MemoryKernelBytes       uint64 `protobuf:"varint,22,opt,name=memory_kernel_bytes,json=memoryKernelBytes,proto3" json:"memory_kernel_bytes,omitempty"`
+	MemoryMappedFileBytes   uint64 `protobuf:"varint,23,opt,name=memory_mapped_file_bytes,json=memoryMappedFileBytes,proto3" json:"memory_mapped_file_bytes,omitempty"`
+	MemoryActiveFileBytes   uint64 `protobuf:"varint,24,opt,name=memory_active_file_bytes,json=memoryActiveFileBytes,proto3" json:"memory_active_file_bytes,omitempty"`
+	MemoryInactiveFileBytes uint64 `protobuf:"varint,25,opt,name=memory_inactive_file_bytes,json=memoryInactiveFileBytes,proto3" json:"memory_inactive_file_bytes,omitempty"`
+	MemoryMaxUsageBytes     uint64 `protobuf:"varint,26,opt,name=memory_max_usage_bytes,json=memoryMaxUsageBytes,proto3" json:"memory_max_usage_bytes,omitempty"`
+	// How often the memory limit was reached, and how many processes were killed for it.
+	MemoryLimitHits uint64 `protobuf:"varint,27,opt,name=memory_limit_hits,json=memoryLimitHits,proto3" json:"memory_limit_hits,omitempty"`
+	OomKills        uint64 `protobuf:"varint,28,opt,name=oom_kills,json=oomKills,proto3" json:"oom_kills,omitempty"`
+	ThreadCount     uint64 `protobuf:"varint,29,opt,name=thread_count,json=threadCount,proto3" json:"thread_count,omitempty"`
+	// 0 is no limit.
+	ThreadLimit   uint64    `protobuf:"varint,30,opt,name=thread_limit,json=threadLimit,proto3" json:"thread_limit,omitempty"`
+	Disks         []*DiskIO `protobuf:"bytes,31,rep,name=disks,proto3" json:"disks,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CgroupStats) Reset() {
@@ -2447,16 +2516,192 @@ func (x *CgroupStats) GetIoPressure() *Pressure {
 	return nil
 }
 
-func (x *CgroupStats) GetIoReadBytes() uint64 {
+func (x *CgroupStats) GetCpuUserNano() uint64 {
 	if x != nil {
-		return x.IoReadBytes
+		return x.CpuUserNano
 	}
 	return 0
 }
 
-func (x *CgroupStats) GetIoWriteBytes() uint64 {
+func (x *CgroupStats) GetCpuSystemNano() uint64 {
 	if x != nil {
-		return x.IoWriteBytes
+		return x.CpuSystemNano
+	}
+	return 0
+}
+
+func (x *CgroupStats) GetCpuPeriods() uint64 {
+	if x != nil {
+		return x.CpuPeriods
+	}
+	return 0
+}
+
+func (x *CgroupStats) GetCpuThrottledPeriods() uint64 {
+	if x != nil {
+		return x.CpuThrottledPeriods
+	}
+	return 0
+}
+
+func (x *CgroupStats) GetCpuThrottledNano() uint64 {
+	if x != nil {
+		return x.CpuThrottledNano
+	}
+	return 0
+}
+
+func (x *CgroupStats) GetMemoryCacheBytes() uint64 {
+	if x != nil {
+		return x.MemoryCacheBytes
+	}
+	return 0
+}
+
+func (x *CgroupStats) GetMemoryKernelBytes() uint64 {
+	if x != nil {
+		return x.MemoryKernelBytes
+	}
+	return 0
+}
+
+func (x *CgroupStats) GetMemoryMappedFileBytes() uint64 {
+	if x != nil {
+		return x.MemoryMappedFileBytes
+	}
+	return 0
+}
+
+func (x *CgroupStats) GetMemoryActiveFileBytes() uint64 {
+	if x != nil {
+		return x.MemoryActiveFileBytes
+	}
+	return 0
+}
+
+func (x *CgroupStats) GetMemoryInactiveFileBytes() uint64 {
+	if x != nil {
+		return x.MemoryInactiveFileBytes
+	}
+	return 0
+}
+
+func (x *CgroupStats) GetMemoryMaxUsageBytes() uint64 {
+	if x != nil {
+		return x.MemoryMaxUsageBytes
+	}
+	return 0
+}
+
+func (x *CgroupStats) GetMemoryLimitHits() uint64 {
+	if x != nil {
+		return x.MemoryLimitHits
+	}
+	return 0
+}
+
+func (x *CgroupStats) GetOomKills() uint64 {
+	if x != nil {
+		return x.OomKills
+	}
+	return 0
+}
+
+func (x *CgroupStats) GetThreadCount() uint64 {
+	if x != nil {
+		return x.ThreadCount
+	}
+	return 0
+}
+
+func (x *CgroupStats) GetThreadLimit() uint64 {
+	if x != nil {
+		return x.ThreadLimit
+	}
+	return 0
+}
+
+func (x *CgroupStats) GetDisks() []*DiskIO {
+	if x != nil {
+		return x.Disks
+	}
+	return nil
+}
+
+// DiskIO is what was read from and written to a disk since boot.
+type DiskIO struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// MAJOR:MINOR in a cgroup, the name in a machine.
+	Device        string `protobuf:"bytes,1,opt,name=device,proto3" json:"device,omitempty"`
+	ReadBytes     uint64 `protobuf:"varint,2,opt,name=read_bytes,json=readBytes,proto3" json:"read_bytes,omitempty"`
+	WriteBytes    uint64 `protobuf:"varint,3,opt,name=write_bytes,json=writeBytes,proto3" json:"write_bytes,omitempty"`
+	Reads         uint64 `protobuf:"varint,4,opt,name=reads,proto3" json:"reads,omitempty"`
+	Writes        uint64 `protobuf:"varint,5,opt,name=writes,proto3" json:"writes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DiskIO) Reset() {
+	*x = DiskIO{}
+	mi := &file_agent_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DiskIO) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DiskIO) ProtoMessage() {}
+
+func (x *DiskIO) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DiskIO.ProtoReflect.Descriptor instead.
+func (*DiskIO) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *DiskIO) GetDevice() string {
+	if x != nil {
+		return x.Device
+	}
+	return ""
+}
+
+func (x *DiskIO) GetReadBytes() uint64 {
+	if x != nil {
+		return x.ReadBytes
+	}
+	return 0
+}
+
+func (x *DiskIO) GetWriteBytes() uint64 {
+	if x != nil {
+		return x.WriteBytes
+	}
+	return 0
+}
+
+func (x *DiskIO) GetReads() uint64 {
+	if x != nil {
+		return x.Reads
+	}
+	return 0
+}
+
+func (x *DiskIO) GetWrites() uint64 {
+	if x != nil {
+		return x.Writes
 	}
 	return 0
 }
@@ -2472,7 +2717,7 @@ type Pressure struct {
 
 func (x *Pressure) Reset() {
 	*x = Pressure{}
-	mi := &file_agent_proto_msgTypes[35]
+	mi := &file_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2484,7 +2729,7 @@ func (x *Pressure) String() string {
 func (*Pressure) ProtoMessage() {}
 
 func (x *Pressure) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[35]
+	mi := &file_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2497,7 +2742,7 @@ func (x *Pressure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pressure.ProtoReflect.Descriptor instead.
 func (*Pressure) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{35}
+	return file_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Pressure) GetSome() *PressureLine {
@@ -2526,7 +2771,7 @@ type PressureLine struct {
 
 func (x *PressureLine) Reset() {
 	*x = PressureLine{}
-	mi := &file_agent_proto_msgTypes[36]
+	mi := &file_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2538,7 +2783,7 @@ func (x *PressureLine) String() string {
 func (*PressureLine) ProtoMessage() {}
 
 func (x *PressureLine) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[36]
+	mi := &file_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2551,7 +2796,7 @@ func (x *PressureLine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PressureLine.ProtoReflect.Descriptor instead.
 func (*PressureLine) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{36}
+	return file_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *PressureLine) GetAvg10() float64 {
@@ -2593,7 +2838,7 @@ type DialRequest struct {
 
 func (x *DialRequest) Reset() {
 	*x = DialRequest{}
-	mi := &file_agent_proto_msgTypes[37]
+	mi := &file_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2605,7 +2850,7 @@ func (x *DialRequest) String() string {
 func (*DialRequest) ProtoMessage() {}
 
 func (x *DialRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[37]
+	mi := &file_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2618,7 +2863,7 @@ func (x *DialRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DialRequest.ProtoReflect.Descriptor instead.
 func (*DialRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{37}
+	return file_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *DialRequest) GetNetwork() string {
@@ -2644,7 +2889,7 @@ type DialResponse struct {
 
 func (x *DialResponse) Reset() {
 	*x = DialResponse{}
-	mi := &file_agent_proto_msgTypes[38]
+	mi := &file_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2656,7 +2901,7 @@ func (x *DialResponse) String() string {
 func (*DialResponse) ProtoMessage() {}
 
 func (x *DialResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[38]
+	mi := &file_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2669,7 +2914,7 @@ func (x *DialResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DialResponse.ProtoReflect.Descriptor instead.
 func (*DialResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{38}
+	return file_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *DialResponse) GetConnId() uint64 {
@@ -2689,7 +2934,7 @@ type ConnReadRequest struct {
 
 func (x *ConnReadRequest) Reset() {
 	*x = ConnReadRequest{}
-	mi := &file_agent_proto_msgTypes[39]
+	mi := &file_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2701,7 +2946,7 @@ func (x *ConnReadRequest) String() string {
 func (*ConnReadRequest) ProtoMessage() {}
 
 func (x *ConnReadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[39]
+	mi := &file_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2714,7 +2959,7 @@ func (x *ConnReadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnReadRequest.ProtoReflect.Descriptor instead.
 func (*ConnReadRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{39}
+	return file_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ConnReadRequest) GetConnId() uint64 {
@@ -2741,7 +2986,7 @@ type ConnReadResponse struct {
 
 func (x *ConnReadResponse) Reset() {
 	*x = ConnReadResponse{}
-	mi := &file_agent_proto_msgTypes[40]
+	mi := &file_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2753,7 +2998,7 @@ func (x *ConnReadResponse) String() string {
 func (*ConnReadResponse) ProtoMessage() {}
 
 func (x *ConnReadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[40]
+	mi := &file_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2766,7 +3011,7 @@ func (x *ConnReadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnReadResponse.ProtoReflect.Descriptor instead.
 func (*ConnReadResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{40}
+	return file_agent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ConnReadResponse) GetData() []byte {
@@ -2793,7 +3038,7 @@ type ConnWriteRequest struct {
 
 func (x *ConnWriteRequest) Reset() {
 	*x = ConnWriteRequest{}
-	mi := &file_agent_proto_msgTypes[41]
+	mi := &file_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2805,7 +3050,7 @@ func (x *ConnWriteRequest) String() string {
 func (*ConnWriteRequest) ProtoMessage() {}
 
 func (x *ConnWriteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[41]
+	mi := &file_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2818,7 +3063,7 @@ func (x *ConnWriteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnWriteRequest.ProtoReflect.Descriptor instead.
 func (*ConnWriteRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{41}
+	return file_agent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ConnWriteRequest) GetConnId() uint64 {
@@ -2846,7 +3091,7 @@ type ConnCloseRequest struct {
 
 func (x *ConnCloseRequest) Reset() {
 	*x = ConnCloseRequest{}
-	mi := &file_agent_proto_msgTypes[42]
+	mi := &file_agent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2858,7 +3103,7 @@ func (x *ConnCloseRequest) String() string {
 func (*ConnCloseRequest) ProtoMessage() {}
 
 func (x *ConnCloseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[42]
+	mi := &file_agent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2871,7 +3116,7 @@ func (x *ConnCloseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnCloseRequest.ProtoReflect.Descriptor instead.
 func (*ConnCloseRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{42}
+	return file_agent_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ConnCloseRequest) GetConnId() uint64 {
@@ -2896,7 +3141,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_agent_proto_msgTypes[43]
+	mi := &file_agent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2908,7 +3153,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[43]
+	mi := &file_agent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2921,7 +3166,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{43}
+	return file_agent_proto_rawDescGZIP(), []int{44}
 }
 
 var File_agent_proto protoreflect.FileDescriptor
@@ -3086,20 +3331,27 @@ const file_agent_proto_rawDesc = "" +
 	"\x06height\x18\x03 \x01(\rR\x06height\"\r\n" +
 	"\vListRequest\"N\n" +
 	"\fListResponse\x12>\n" +
-	"\tprocesses\x18\x01 \x03(\v2 .vmruntime.agent.v1.ProcessStateR\tprocesses\"3\n" +
+	"\tprocesses\x18\x01 \x03(\v2 .vmruntime.agent.v1.ProcessStateR\tprocesses\"U\n" +
 	"\fStatsRequest\x12#\n" +
-	"\rcontainer_ids\x18\x01 \x03(\tR\fcontainerIds\"\xb0\x01\n" +
+	"\rcontainer_ids\x18\x01 \x03(\tR\fcontainerIds\x12 \n" +
+	"\vdescriptors\x18\x02 \x01(\bR\vdescriptors\"\xb0\x01\n" +
 	"\rStatsResponse\x12$\n" +
 	"\x0etime_unix_nano\x18\x01 \x01(\x03R\ftimeUnixNano\x12B\n" +
 	"\n" +
 	"containers\x18\x02 \x03(\v2\".vmruntime.agent.v1.ContainerStatsR\n" +
 	"containers\x125\n" +
-	"\x05guest\x18\x03 \x01(\v2\x1f.vmruntime.agent.v1.CgroupStatsR\x05guest\"\xa9\x01\n" +
+	"\x05guest\x18\x03 \x01(\v2\x1f.vmruntime.agent.v1.CgroupStatsR\x05guest\"\x84\x03\n" +
 	"\x0eContainerStats\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x127\n" +
 	"\x06cgroup\x18\x02 \x01(\v2\x1f.vmruntime.agent.v1.CgroupStatsR\x06cgroup\x12%\n" +
 	"\x0ewritable_bytes\x18\x03 \x01(\x04R\rwritableBytes\x12'\n" +
-	"\x0fwritable_inodes\x18\x04 \x01(\x04R\x0ewritableInodes\"\xd9\x05\n" +
+	"\x0fwritable_inodes\x18\x04 \x01(\x04R\x0ewritableInodes\x12)\n" +
+	"\x10file_descriptors\x18\x05 \x01(\x04R\x0ffileDescriptors\x12\x18\n" +
+	"\asockets\x18\x06 \x01(\x04R\asockets\x12.\n" +
+	"\x13writable_size_bytes\x18\a \x01(\x04R\x11writableSizeBytes\x122\n" +
+	"\x15writable_inodes_total\x18\b \x01(\x04R\x13writableInodesTotal\x120\n" +
+	"\x14writable_inodes_free\x18\t \x01(\x04R\x12writableInodesFree\"\xed\n" +
+	"\n" +
 	"\vCgroupStats\x12$\n" +
 	"\x0ecpu_usage_nano\x18\x01 \x01(\x04R\fcpuUsageNano\x12,\n" +
 	"\x12memory_usage_bytes\x18\x02 \x01(\x04R\x10memoryUsageBytes\x127\n" +
@@ -3117,8 +3369,31 @@ const file_agent_proto_rawDesc = "" +
 	"\x0fmemory_pressure\x18\f \x01(\v2\x1c.vmruntime.agent.v1.PressureR\x0ememoryPressure\x12=\n" +
 	"\vio_pressure\x18\r \x01(\v2\x1c.vmruntime.agent.v1.PressureR\n" +
 	"ioPressure\x12\"\n" +
-	"\rio_read_bytes\x18\x0e \x01(\x04R\vioReadBytes\x12$\n" +
-	"\x0eio_write_bytes\x18\x0f \x01(\x04R\fioWriteBytes\"v\n" +
+	"\rcpu_user_nano\x18\x10 \x01(\x04R\vcpuUserNano\x12&\n" +
+	"\x0fcpu_system_nano\x18\x11 \x01(\x04R\rcpuSystemNano\x12\x1f\n" +
+	"\vcpu_periods\x18\x12 \x01(\x04R\n" +
+	"cpuPeriods\x122\n" +
+	"\x15cpu_throttled_periods\x18\x13 \x01(\x04R\x13cpuThrottledPeriods\x12,\n" +
+	"\x12cpu_throttled_nano\x18\x14 \x01(\x04R\x10cpuThrottledNano\x12,\n" +
+	"\x12memory_cache_bytes\x18\x15 \x01(\x04R\x10memoryCacheBytes\x12.\n" +
+	"\x13memory_kernel_bytes\x18\x16 \x01(\x04R\x11memoryKernelBytes\x127\n" +
+	"\x18memory_mapped_file_bytes\x18\x17 \x01(\x04R\x15memoryMappedFileBytes\x127\n" +
+	"\x18memory_active_file_bytes\x18\x18 \x01(\x04R\x15memoryActiveFileBytes\x12;\n" +
+	"\x1amemory_inactive_file_bytes\x18\x19 \x01(\x04R\x17memoryInactiveFileBytes\x123\n" +
+	"\x16memory_max_usage_bytes\x18\x1a \x01(\x04R\x13memoryMaxUsageBytes\x12*\n" +
+	"\x11memory_limit_hits\x18\x1b \x01(\x04R\x0fmemoryLimitHits\x12\x1b\n" +
+	"\toom_kills\x18\x1c \x01(\x04R\boomKills\x12!\n" +
+	"\fthread_count\x18\x1d \x01(\x04R\vthreadCount\x12!\n" +
+	"\fthread_limit\x18\x1e \x01(\x04R\vthreadLimit\x120\n" +
+	"\x05disks\x18\x1f \x03(\v2\x1a.vmruntime.agent.v1.DiskIOR\x05disksJ\x04\b\x0e\x10\x0fJ\x04\b\x0f\x10\x10\"\x8e\x01\n" +
+	"\x06DiskIO\x12\x16\n" +
+	"\x06device\x18\x01 \x01(\tR\x06device\x12\x1d\n" +
+	"\n" +
+	"read_bytes\x18\x02 \x01(\x04R\treadBytes\x12\x1f\n" +
+	"\vwrite_bytes\x18\x03 \x01(\x04R\n" +
+	"writeBytes\x12\x14\n" +
+	"\x05reads\x18\x04 \x01(\x04R\x05reads\x12\x16\n" +
+	"\x06writes\x18\x05 \x01(\x04R\x06writes\"v\n" +
 	"\bPressure\x124\n" +
 	"\x04some\x18\x01 \x01(\v2 .vmruntime.agent.v1.PressureLineR\x04some\x124\n" +
 	"\x04full\x18\x02 \x01(\v2 .vmruntime.agent.v1.PressureLineR\x04full\"q\n" +
@@ -3196,7 +3471,7 @@ func file_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 45)
+var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 46)
 var file_agent_proto_goTypes = []any{
 	(PidNamespace)(0),               // 0: vmruntime.agent.v1.PidNamespace
 	(OutputChunk_Stream)(0),         // 1: vmruntime.agent.v1.OutputChunk.Stream
@@ -3235,21 +3510,22 @@ var file_agent_proto_goTypes = []any{
 	(*StatsResponse)(nil),           // 34: vmruntime.agent.v1.StatsResponse
 	(*ContainerStats)(nil),          // 35: vmruntime.agent.v1.ContainerStats
 	(*CgroupStats)(nil),             // 36: vmruntime.agent.v1.CgroupStats
-	(*Pressure)(nil),                // 37: vmruntime.agent.v1.Pressure
-	(*PressureLine)(nil),            // 38: vmruntime.agent.v1.PressureLine
-	(*DialRequest)(nil),             // 39: vmruntime.agent.v1.DialRequest
-	(*DialResponse)(nil),            // 40: vmruntime.agent.v1.DialResponse
-	(*ConnReadRequest)(nil),         // 41: vmruntime.agent.v1.ConnReadRequest
-	(*ConnReadResponse)(nil),        // 42: vmruntime.agent.v1.ConnReadResponse
-	(*ConnWriteRequest)(nil),        // 43: vmruntime.agent.v1.ConnWriteRequest
-	(*ConnCloseRequest)(nil),        // 44: vmruntime.agent.v1.ConnCloseRequest
-	(*ShutdownRequest)(nil),         // 45: vmruntime.agent.v1.ShutdownRequest
-	nil,                             // 46: vmruntime.agent.v1.ConfigureSandboxRequest.SysctlsEntry
+	(*DiskIO)(nil),                  // 37: vmruntime.agent.v1.DiskIO
+	(*Pressure)(nil),                // 38: vmruntime.agent.v1.Pressure
+	(*PressureLine)(nil),            // 39: vmruntime.agent.v1.PressureLine
+	(*DialRequest)(nil),             // 40: vmruntime.agent.v1.DialRequest
+	(*DialResponse)(nil),            // 41: vmruntime.agent.v1.DialResponse
+	(*ConnReadRequest)(nil),         // 42: vmruntime.agent.v1.ConnReadRequest
+	(*ConnReadResponse)(nil),        // 43: vmruntime.agent.v1.ConnReadResponse
+	(*ConnWriteRequest)(nil),        // 44: vmruntime.agent.v1.ConnWriteRequest
+	(*ConnCloseRequest)(nil),        // 45: vmruntime.agent.v1.ConnCloseRequest
+	(*ShutdownRequest)(nil),         // 46: vmruntime.agent.v1.ShutdownRequest
+	nil,                             // 47: vmruntime.agent.v1.ConfigureSandboxRequest.SysctlsEntry
 }
 var file_agent_proto_depIdxs = []int32{
 	6,  // 0: vmruntime.agent.v1.ConfigureSandboxRequest.interfaces:type_name -> vmruntime.agent.v1.Interface
 	7,  // 1: vmruntime.agent.v1.ConfigureSandboxRequest.routes:type_name -> vmruntime.agent.v1.Route
-	46, // 2: vmruntime.agent.v1.ConfigureSandboxRequest.sysctls:type_name -> vmruntime.agent.v1.ConfigureSandboxRequest.SysctlsEntry
+	47, // 2: vmruntime.agent.v1.ConfigureSandboxRequest.sysctls:type_name -> vmruntime.agent.v1.ConfigureSandboxRequest.SysctlsEntry
 	8,  // 3: vmruntime.agent.v1.ConfigureSandboxRequest.neighbors:type_name -> vmruntime.agent.v1.Neighbor
 	10, // 4: vmruntime.agent.v1.PutFilesRequest.entries:type_name -> vmruntime.agent.v1.FileEntry
 	15, // 5: vmruntime.agent.v1.CreateContainerRequest.images:type_name -> vmruntime.agent.v1.ImageMount
@@ -3265,64 +3541,65 @@ var file_agent_proto_depIdxs = []int32{
 	35, // 15: vmruntime.agent.v1.StatsResponse.containers:type_name -> vmruntime.agent.v1.ContainerStats
 	36, // 16: vmruntime.agent.v1.StatsResponse.guest:type_name -> vmruntime.agent.v1.CgroupStats
 	36, // 17: vmruntime.agent.v1.ContainerStats.cgroup:type_name -> vmruntime.agent.v1.CgroupStats
-	37, // 18: vmruntime.agent.v1.CgroupStats.cpu_pressure:type_name -> vmruntime.agent.v1.Pressure
-	37, // 19: vmruntime.agent.v1.CgroupStats.memory_pressure:type_name -> vmruntime.agent.v1.Pressure
-	37, // 20: vmruntime.agent.v1.CgroupStats.io_pressure:type_name -> vmruntime.agent.v1.Pressure
-	38, // 21: vmruntime.agent.v1.Pressure.some:type_name -> vmruntime.agent.v1.PressureLine
-	38, // 22: vmruntime.agent.v1.Pressure.full:type_name -> vmruntime.agent.v1.PressureLine
-	3,  // 23: vmruntime.agent.v1.Agent.Info:input_type -> vmruntime.agent.v1.InfoRequest
-	5,  // 24: vmruntime.agent.v1.Agent.ConfigureSandbox:input_type -> vmruntime.agent.v1.ConfigureSandboxRequest
-	9,  // 25: vmruntime.agent.v1.Agent.PutFiles:input_type -> vmruntime.agent.v1.PutFilesRequest
-	11, // 26: vmruntime.agent.v1.Agent.GetFile:input_type -> vmruntime.agent.v1.GetFileRequest
-	13, // 27: vmruntime.agent.v1.Agent.MountShare:input_type -> vmruntime.agent.v1.MountShareRequest
-	14, // 28: vmruntime.agent.v1.Agent.CreateContainer:input_type -> vmruntime.agent.v1.CreateContainerRequest
-	16, // 29: vmruntime.agent.v1.Agent.StartContainer:input_type -> vmruntime.agent.v1.StartContainerRequest
-	18, // 30: vmruntime.agent.v1.Agent.UpdateContainer:input_type -> vmruntime.agent.v1.UpdateContainerRequest
-	19, // 31: vmruntime.agent.v1.Agent.RemoveContainer:input_type -> vmruntime.agent.v1.RemoveContainerRequest
-	21, // 32: vmruntime.agent.v1.Agent.Exec:input_type -> vmruntime.agent.v1.ExecRequest
-	20, // 33: vmruntime.agent.v1.Agent.RemoveExec:input_type -> vmruntime.agent.v1.ProcessRef
-	23, // 34: vmruntime.agent.v1.Agent.Signal:input_type -> vmruntime.agent.v1.SignalRequest
-	20, // 35: vmruntime.agent.v1.Agent.Wait:input_type -> vmruntime.agent.v1.ProcessRef
-	25, // 36: vmruntime.agent.v1.Agent.ReadOutput:input_type -> vmruntime.agent.v1.ReadOutputRequest
-	28, // 37: vmruntime.agent.v1.Agent.WriteStdin:input_type -> vmruntime.agent.v1.WriteStdinRequest
-	20, // 38: vmruntime.agent.v1.Agent.CloseStdin:input_type -> vmruntime.agent.v1.ProcessRef
-	30, // 39: vmruntime.agent.v1.Agent.ResizeTerminal:input_type -> vmruntime.agent.v1.ResizeTerminalRequest
-	31, // 40: vmruntime.agent.v1.Agent.List:input_type -> vmruntime.agent.v1.ListRequest
-	33, // 41: vmruntime.agent.v1.Agent.Stats:input_type -> vmruntime.agent.v1.StatsRequest
-	39, // 42: vmruntime.agent.v1.Agent.Dial:input_type -> vmruntime.agent.v1.DialRequest
-	41, // 43: vmruntime.agent.v1.Agent.ConnRead:input_type -> vmruntime.agent.v1.ConnReadRequest
-	43, // 44: vmruntime.agent.v1.Agent.ConnWrite:input_type -> vmruntime.agent.v1.ConnWriteRequest
-	44, // 45: vmruntime.agent.v1.Agent.ConnClose:input_type -> vmruntime.agent.v1.ConnCloseRequest
-	45, // 46: vmruntime.agent.v1.Agent.Shutdown:input_type -> vmruntime.agent.v1.ShutdownRequest
-	4,  // 47: vmruntime.agent.v1.Agent.Info:output_type -> vmruntime.agent.v1.InfoResponse
-	2,  // 48: vmruntime.agent.v1.Agent.ConfigureSandbox:output_type -> vmruntime.agent.v1.Empty
-	2,  // 49: vmruntime.agent.v1.Agent.PutFiles:output_type -> vmruntime.agent.v1.Empty
-	12, // 50: vmruntime.agent.v1.Agent.GetFile:output_type -> vmruntime.agent.v1.GetFileResponse
-	2,  // 51: vmruntime.agent.v1.Agent.MountShare:output_type -> vmruntime.agent.v1.Empty
-	2,  // 52: vmruntime.agent.v1.Agent.CreateContainer:output_type -> vmruntime.agent.v1.Empty
-	17, // 53: vmruntime.agent.v1.Agent.StartContainer:output_type -> vmruntime.agent.v1.StartContainerResponse
-	2,  // 54: vmruntime.agent.v1.Agent.UpdateContainer:output_type -> vmruntime.agent.v1.Empty
-	2,  // 55: vmruntime.agent.v1.Agent.RemoveContainer:output_type -> vmruntime.agent.v1.Empty
-	22, // 56: vmruntime.agent.v1.Agent.Exec:output_type -> vmruntime.agent.v1.ExecResponse
-	2,  // 57: vmruntime.agent.v1.Agent.RemoveExec:output_type -> vmruntime.agent.v1.Empty
-	2,  // 58: vmruntime.agent.v1.Agent.Signal:output_type -> vmruntime.agent.v1.Empty
-	24, // 59: vmruntime.agent.v1.Agent.Wait:output_type -> vmruntime.agent.v1.ProcessState
-	26, // 60: vmruntime.agent.v1.Agent.ReadOutput:output_type -> vmruntime.agent.v1.ReadOutputResponse
-	29, // 61: vmruntime.agent.v1.Agent.WriteStdin:output_type -> vmruntime.agent.v1.WriteStdinResponse
-	2,  // 62: vmruntime.agent.v1.Agent.CloseStdin:output_type -> vmruntime.agent.v1.Empty
-	2,  // 63: vmruntime.agent.v1.Agent.ResizeTerminal:output_type -> vmruntime.agent.v1.Empty
-	32, // 64: vmruntime.agent.v1.Agent.List:output_type -> vmruntime.agent.v1.ListResponse
-	34, // 65: vmruntime.agent.v1.Agent.Stats:output_type -> vmruntime.agent.v1.StatsResponse
-	40, // 66: vmruntime.agent.v1.Agent.Dial:output_type -> vmruntime.agent.v1.DialResponse
-	42, // 67: vmruntime.agent.v1.Agent.ConnRead:output_type -> vmruntime.agent.v1.ConnReadResponse
-	2,  // 68: vmruntime.agent.v1.Agent.ConnWrite:output_type -> vmruntime.agent.v1.Empty
-	2,  // 69: vmruntime.agent.v1.Agent.ConnClose:output_type -> vmruntime.agent.v1.Empty
-	2,  // 70: vmruntime.agent.v1.Agent.Shutdown:output_type -> vmruntime.agent.v1.Empty
-	47, // [47:71] is the sub-list for method output_type
-	23, // [23:47] is the sub-list for method input_type
-	23, // [23:23] is the sub-list for extension type_name
-	23, // [23:23] is the sub-list for extension extendee
-	0,  // [0:23] is the sub-list for field type_name
+	38, // 18: vmruntime.agent.v1.CgroupStats.cpu_pressure:type_name -> vmruntime.agent.v1.Pressure
+	38, // 19: vmruntime.agent.v1.CgroupStats.memory_pressure:type_name -> vmruntime.agent.v1.Pressure
+	38, // 20: vmruntime.agent.v1.CgroupStats.io_pressure:type_name -> vmruntime.agent.v1.Pressure
+	37, // 21: vmruntime.agent.v1.CgroupStats.disks:type_name -> vmruntime.agent.v1.DiskIO
+	39, // 22: vmruntime.agent.v1.Pressure.some:type_name -> vmruntime.agent.v1.PressureLine
+	39, // 23: vmruntime.agent.v1.Pressure.full:type_name -> vmruntime.agent.v1.PressureLine
+	3,  // 24: vmruntime.agent.v1.Agent.Info:input_type -> vmruntime.agent.v1.InfoRequest
+	5,  // 25: vmruntime.agent.v1.Agent.ConfigureSandbox:input_type -> vmruntime.agent.v1.ConfigureSandboxRequest
+	9,  // 26: vmruntime.agent.v1.Agent.PutFiles:input_type -> vmruntime.agent.v1.PutFilesRequest
+	11, // 27: vmruntime.agent.v1.Agent.GetFile:input_type -> vmruntime.agent.v1.GetFileRequest
+	13, // 28: vmruntime.agent.v1.Agent.MountShare:input_type -> vmruntime.agent.v1.MountShareRequest
+	14, // 29: vmruntime.agent.v1.Agent.CreateContainer:input_type -> vmruntime.agent.v1.CreateContainerRequest
+	16, // 30: vmruntime.agent.v1.Agent.StartContainer:input_type -> vmruntime.agent.v1.StartContainerRequest
+	18, // 31: vmruntime.agent.v1.Agent.UpdateContainer:input_type -> vmruntime.agent.v1.UpdateContainerRequest
+	19, // 32: vmruntime.agent.v1.Agent.RemoveContainer:input_type -> vmruntime.agent.v1.RemoveContainerRequest
+	21, // 33: vmruntime.agent.v1.Agent.Exec:input_type -> vmruntime.agent.v1.ExecRequest
+	20, // 34: vmruntime.agent.v1.Agent.RemoveExec:input_type -> vmruntime.agent.v1.ProcessRef
+	23, // 35: vmruntime.agent.v1.Agent.Signal:input_type -> vmruntime.agent.v1.SignalRequest
+	20, // 36: vmruntime.agent.v1.Agent.Wait:input_type -> vmruntime.agent.v1.ProcessRef
+	25, // 37: vmruntime.agent.v1.Agent.ReadOutput:input_type -> vmruntime.agent.v1.ReadOutputRequest
+	28, // 38: vmruntime.agent.v1.Agent.WriteStdin:input_type -> vmruntime.agent.v1.WriteStdinRequest
+	20, // 39: vmruntime.agent.v1.Agent.CloseStdin:input_type -> vmruntime.agent.v1.ProcessRef
+	30, // 40: vmruntime.agent.v1.Agent.ResizeTerminal:input_type -> vmruntime.agent.v1.ResizeTerminalRequest
+	31, // 41: vmruntime.agent.v1.Agent.List:input_type -> vmruntime.agent.v1.ListRequest
+	33, // 42: vmruntime.agent.v1.Agent.Stats:input_type -> vmruntime.agent.v1.StatsRequest
+	40, // 43: vmruntime.agent.v1.Agent.Dial:input_type -> vmruntime.agent.v1.DialRequest
+	42, // 44: vmruntime.agent.v1.Agent.ConnRead:input_type -> vmruntime.agent.v1.ConnReadRequest
+	44, // 45: vmruntime.agent.v1.Agent.ConnWrite:input_type -> vmruntime.agent.v1.ConnWriteRequest
+	45, // 46: vmruntime.agent.v1.Agent.ConnClose:input_type -> vmruntime.agent.v1.ConnCloseRequest
+	46, // 47: vmruntime.agent.v1.Agent.Shutdown:input_type -> vmruntime.agent.v1.ShutdownRequest
+	4,  // 48: vmruntime.agent.v1.Agent.Info:output_type -> vmruntime.agent.v1.InfoResponse
+	2,  // 49: vmruntime.agent.v1.Agent.ConfigureSandbox:output_type -> vmruntime.agent.v1.Empty
+	2,  // 50: vmruntime.agent.v1.Agent.PutFiles:output_type -> vmruntime.agent.v1.Empty
+	12, // 51: vmruntime.agent.v1.Agent.GetFile:output_type -> vmruntime.agent.v1.GetFileResponse
+	2,  // 52: vmruntime.agent.v1.Agent.MountShare:output_type -> vmruntime.agent.v1.Empty
+	2,  // 53: vmruntime.agent.v1.Agent.CreateContainer:output_type -> vmruntime.agent.v1.Empty
+	17, // 54: vmruntime.agent.v1.Agent.StartContainer:output_type -> vmruntime.agent.v1.StartContainerResponse
+	2,  // 55: vmruntime.agent.v1.Agent.UpdateContainer:output_type -> vmruntime.agent.v1.Empty
+	2,  // 56: vmruntime.agent.v1.Agent.RemoveContainer:output_type -> vmruntime.agent.v1.Empty
+	22, // 57: vmruntime.agent.v1.Agent.Exec:output_type -> vmruntime.agent.v1.ExecResponse
+	2,  // 58: vmruntime.agent.v1.Agent.RemoveExec:output_type -> vmruntime.agent.v1.Empty
+	2,  // 59: vmruntime.agent.v1.Agent.Signal:output_type -> vmruntime.agent.v1.Empty
+	24, // 60: vmruntime.agent.v1.Agent.Wait:output_type -> vmruntime.agent.v1.ProcessState
+	26, // 61: vmruntime.agent.v1.Agent.ReadOutput:output_type -> vmruntime.agent.v1.ReadOutputResponse
+	29, // 62: vmruntime.agent.v1.Agent.WriteStdin:output_type -> vmruntime.agent.v1.WriteStdinResponse
+	2,  // 63: vmruntime.agent.v1.Agent.CloseStdin:output_type -> vmruntime.agent.v1.Empty
+	2,  // 64: vmruntime.agent.v1.Agent.ResizeTerminal:output_type -> vmruntime.agent.v1.Empty
+	32, // 65: vmruntime.agent.v1.Agent.List:output_type -> vmruntime.agent.v1.ListResponse
+	34, // 66: vmruntime.agent.v1.Agent.Stats:output_type -> vmruntime.agent.v1.StatsResponse
+	41, // 67: vmruntime.agent.v1.Agent.Dial:output_type -> vmruntime.agent.v1.DialResponse
+	43, // 68: vmruntime.agent.v1.Agent.ConnRead:output_type -> vmruntime.agent.v1.ConnReadResponse
+	2,  // 69: vmruntime.agent.v1.Agent.ConnWrite:output_type -> vmruntime.agent.v1.Empty
+	2,  // 70: vmruntime.agent.v1.Agent.ConnClose:output_type -> vmruntime.agent.v1.Empty
+	2,  // 71: vmruntime.agent.v1.Agent.Shutdown:output_type -> vmruntime.agent.v1.Empty
+	48, // [48:72] is the sub-list for method output_type
+	24, // [24:48] is the sub-list for method input_type
+	24, // [24:24] is the sub-list for extension type_name
+	24, // [24:24] is the sub-list for extension extendee
+	0,  // [0:24] is the sub-list for field type_name
 }
 
 func init() { file_agent_proto_init() }
@@ -3336,7 +3613,7 @@ func file_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_proto_rawDesc), len(file_agent_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   45,
+			NumMessages:   46,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

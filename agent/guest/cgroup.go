@@ -146,25 +146,64 @@ func readNumber(path string) (uint64, bool) {
 func cgroupStats(dir string) *agentpb.CgroupStats {
 	file := func(name string) string { return filepath.Join(dir, name) }
 	st := &agentpb.CgroupStats{}
-	st.CpuUsageNano = readFlat(file("cpu.stat"))["usage_usec"] * 1000
-	mem := readFlat(file("memory.stat"))
+	cpu := readFlat(file("cpu.stat"))
+	st.CpuUsageNano, st.CpuUserNano, st.CpuSystemNano = cpu["usage_usec"]*1000, cpu["user_usec"]*1000, cpu["system_usec"]*1000
+	st.CpuPeriods, st.CpuThrottledPeriods, st.CpuThrottledNano = cpu["nr_periods"], cpu["nr_throttled"], cpu["throttled_usec"]*1000
+	readMemory(st, dir)
+	st.ProcessCount = processesIn(dir)
+	st.ThreadCount, _ = readNumber(file("pids.current"))
+	st.ThreadLimit, _ = readNumber(file("pids.max"))
+	st.CpuPressure = readPressure(file("cpu.pressure"))
+	st.MemoryPressure = readPressure(file("memory.pressure"))
+	st.IoPressure = readPressure(file("io.pressure"))
+	st.Disks = readIO(file("io.stat"))
+	return st
+}
+
+func readMemory(st *agentpb.CgroupStats, dir string) {
+	file := func(name string) string { return filepath.Join(dir, name) }
+	mem, events := readFlat(file("memory.stat")), readFlat(file("memory.events"))
 	st.MemoryUsageBytes, _ = readNumber(file("memory.current"))
+	st.MemoryMaxUsageBytes, _ = readNumber(file("memory.peak"))
 	st.MemoryWorkingSetBytes = lessOrZero(st.MemoryUsageBytes, mem["inactive_file"])
 	if limit, ok := readNumber(file("memory.max")); ok {
 		st.MemoryAvailableBytes = lessOrZero(limit, st.MemoryWorkingSetBytes)
 	}
-	st.MemoryRssBytes = mem["anon"]
+	st.MemoryRssBytes, st.MemoryCacheBytes, st.MemoryKernelBytes = mem["anon"], mem["file"], mem["kernel"]
+	st.MemoryMappedFileBytes, st.MemoryActiveFileBytes, st.MemoryInactiveFileBytes = mem["file_mapped"], mem["active_file"], mem["inactive_file"]
 	st.PageFaults, st.MajorPageFaults = mem["pgfault"], mem["pgmajfault"]
+	st.MemoryLimitHits, st.OomKills = events["max"], events["oom_kill"]
 	st.SwapUsageBytes, _ = readNumber(file("memory.swap.current"))
 	if limit, ok := readNumber(file("memory.swap.max")); ok {
 		st.SwapAvailableBytes = lessOrZero(limit, st.SwapUsageBytes)
 	}
-	st.ProcessCount, _ = readNumber(file("pids.current"))
-	st.CpuPressure = readPressure(file("cpu.pressure"))
-	st.MemoryPressure = readPressure(file("memory.pressure"))
-	st.IoPressure = readPressure(file("io.pressure"))
-	st.IoReadBytes, st.IoWriteBytes = readIO(file("io.stat"))
-	return st
+}
+
+// processesIn counts the processes of a cgroup; what cannot be read has none.
+func processesIn(dir string) uint64 {
+	pids, _ := cgroupProcs(dir)
+	return uint64(len(pids))
+}
+
+// descriptorsIn counts the open files of a cgroup's processes, and those of them that are sockets. Processes and files that vanish
+// meanwhile do not count.
+func descriptorsIn(dir string) (files, sockets uint64) {
+	pids, _ := cgroupProcs(dir)
+	for _, pid := range pids {
+		fds := filepath.Join("/proc", strconv.Itoa(pid), "fd")
+		entries, _ := os.ReadDir(fds)
+		for _, e := range entries {
+			target, err := os.Readlink(filepath.Join(fds, e.Name()))
+			if err != nil {
+				continue
+			}
+			files++
+			if strings.HasPrefix(target, "socket:") {
+				sockets++
+			}
+		}
+	}
+	return files, sockets
 }
 
 // guestStats reads the figures of the whole guest, the agent and the kernel included.
@@ -180,11 +219,11 @@ func guestStats() *agentpb.CgroupStats {
 	st.SwapAvailableBytes = info["SwapFree"]
 	vm := readFlat("/proc/vmstat")
 	st.PageFaults, st.MajorPageFaults = vm["pgfault"], vm["pgmajfault"]
-	st.ProcessCount, _ = readNumber(filepath.Join(cgroupMount, podCgroup, "pids.current"))
+	st.ProcessCount = processesIn(filepath.Join(cgroupMount, podCgroup))
 	st.CpuPressure = readPressure("/proc/pressure/cpu")
 	st.MemoryPressure = readPressure("/proc/pressure/memory")
 	st.IoPressure = readPressure("/proc/pressure/io")
-	st.IoReadBytes, st.IoWriteBytes = readIO(cgroupMount + "/io.stat")
+	st.Disks = readIO(cgroupMount + "/io.stat")
 	return st
 }
 
@@ -214,24 +253,26 @@ func lessOrZero(a, b uint64) uint64 {
 	return a - b
 }
 
-// readIO sums the bytes of all disks: lines of "MAJ:MIN rbytes=N wbytes=N ...".
-func readIO(path string) (read, written uint64) {
+// readIO reads lines of "MAJ:MIN rbytes=N wbytes=N rios=N wios=N ...", one for each disk.
+func readIO(path string) []*agentpb.DiskIO {
 	data, err := os.ReadFile(path)
 	if err != nil {
-		return 0, 0
+		return nil
 	}
-	for field := range strings.FieldsSeq(string(data)) {
-		key, val, _ := strings.Cut(field, "=")
-		n, err := strconv.ParseUint(val, 10, 64)
-		switch {
-		case err != nil:
-		case key == "rbytes":
-			read += n
-		case key == "wbytes":
-			written += n
+	var disks []*agentpb.DiskIO
+	for line := range strings.Lines(string(data)) {
+		device, figures, _ := strings.Cut(line, " ")
+		d := &agentpb.DiskIO{Device: device}
+		into := map[string]*uint64{"rbytes": &d.ReadBytes, "wbytes": &d.WriteBytes, "rios": &d.Reads, "wios": &d.Writes}
+		for field := range strings.FieldsSeq(figures) {
+			key, val, _ := strings.Cut(field, "=")
+			if n, err := strconv.ParseUint(val, 10, 64); err == nil && into[key] != nil {
+				*into[key] = n
+			}
 		}
+		disks = append(disks, d)
 	}
-	return read, written
+	return disks
 }
 
 // readPressure reads lines of "some avg10=N avg60=N avg300=N total=N". It gives nil where the kernel has none.

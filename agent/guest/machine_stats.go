@@ -18,7 +18,7 @@ func machineStats() *agentpb.CgroupStats {
 	st := guestStats()
 	st.CpuUsageNano = uint64(cpuTime())
 	st.ProcessCount = processCount()
-	st.IoReadBytes, st.IoWriteBytes = diskBytes("/sys/block")
+	st.Disks = diskIO("/sys/block")
 	return st
 }
 
@@ -56,21 +56,24 @@ func processCount() uint64 {
 	return n
 }
 
-// diskBytes sums what was read from and written to the disks themselves, not to what lies on them.
-func diskBytes(dir string) (read, written uint64) {
+// diskIO tells what was read from and written to the disks themselves, not to what lies on them.
+func diskIO(dir string) []*agentpb.DiskIO {
 	devices, err := filepath.Glob(filepath.Join(dir, "*/device"))
 	if err != nil {
-		return 0, 0
+		return nil
 	}
+	var disks []*agentpb.DiskIO
 	for _, d := range devices {
-		data, err := os.ReadFile(filepath.Join(filepath.Dir(d), "stat"))
+		disk := filepath.Dir(d)
+		data, err := os.ReadFile(filepath.Join(disk, "stat"))
 		fields := strings.Fields(string(data))
 		if err != nil || len(fields) < 7 {
 			continue
 		}
-		r, _ := strconv.ParseUint(fields[2], 10, 64)
-		w, _ := strconv.ParseUint(fields[6], 10, 64)
-		read, written = read+r*512, written+w*512
+		figure := func(i int) uint64 { n, _ := strconv.ParseUint(fields[i], 10, 64); return n }
+		disks = append(disks, &agentpb.DiskIO{
+			Device: filepath.Base(disk), Reads: figure(0), ReadBytes: figure(2) * 512, Writes: figure(4), WriteBytes: figure(6) * 512,
+		})
 	}
-	return read, written
+	return disks
 }

@@ -446,6 +446,11 @@ func testMachineStats(t *testing.T, _ *osMachine, c *agent.Client) {
 	if g.CpuUsageNano == 0 || g.MemoryUsageBytes == 0 || g.MemoryWorkingSetBytes == 0 || g.ProcessCount < 2 || g.ProcessCount > 1000 {
 		t.Errorf("figures of the guest: %v", g)
 	}
+	for _, d := range g.Disks {
+		if d.Device == "" || d.ReadBytes > 0 && d.Reads == 0 {
+			t.Errorf("disk %v", d)
+		}
+	}
 }
 
 // Another client finds what the first one has started.

@@ -407,6 +407,10 @@ func (s *Server) Stats(_ context.Context, req *agentpb.StatsRequest) (*agentpb.S
 		st := &agentpb.ContainerStats{Id: c.id, Cgroup: cgroupStats(c.cgroup)}
 		if c.upper != "" {
 			st.WritableBytes, st.WritableInodes = c.usage.measure(c.upper)
+			measureFileSystem(st, c.upper)
+		}
+		if req.GetDescriptors() {
+			st.FileDescriptors, st.Sockets = descriptorsIn(c.cgroup)
 		}
 		resp.Containers = append(resp.Containers, st)
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -375,7 +376,7 @@ func testStats(t *testing.T, _ *machine, c *agent.Client) {
 	if _, err := c.UpdateContainer(ctx, &agentpb.UpdateContainerRequest{Id: "main", Resources: encode(t, res)}); err != nil {
 		t.Fatal(err)
 	}
-	resp, err := c.Stats(ctx, &agentpb.StatsRequest{ContainerIds: []string{"main", "unknown"}})
+	resp, err := c.Stats(ctx, &agentpb.StatsRequest{ContainerIds: []string{"main", "unknown"}, Descriptors: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -387,6 +388,21 @@ func testStats(t *testing.T, _ *machine, c *agent.Client) {
 	if st.WritableBytes < 5<<20 || st.WritableInodes < 2 || cg.CpuUsageNano == 0 || cg.MemoryUsageBytes == 0 || cg.ProcessCount == 0 ||
 		cg.MemoryAvailableBytes == 0 || cg.MemoryAvailableBytes > uint64(limit) || cg.CpuPressure == nil {
 		t.Errorf("stats %v", st)
+	}
+	for name, v := range map[string]uint64{
+		"CPU time in user mode": cg.CpuUserNano, "CPU time in the kernel": cg.CpuSystemNano, "cached": cg.MemoryCacheBytes, "kernel memory": cg.MemoryKernelBytes,
+		"most memory": cg.MemoryMaxUsageBytes, "threads": cg.ThreadCount, "open files": st.FileDescriptors, "inodes": st.WritableInodesTotal,
+	} {
+		if v == 0 {
+			t.Errorf("%s is 0: %v", name, st)
+		}
+	}
+	if st.WritableSizeBytes < st.WritableBytes || st.WritableInodesFree >= st.WritableInodesTotal {
+		t.Errorf("the file system of the writable layer: %v", st)
+	}
+	written := slices.ContainsFunc(cg.Disks, func(d *agentpb.DiskIO) bool { return d.WriteBytes >= 5<<20 && d.Writes > 0 && d.Device != "" })
+	if !written {
+		t.Errorf("5 MiB were written, disks %v", cg.Disks)
 	}
 	if g := resp.Guest; g.CpuUsageNano < cg.CpuUsageNano || g.MemoryUsageBytes == 0 || g.MemoryAvailableBytes == 0 || g.ProcessCount == 0 {
 		t.Errorf("guest %v", g)

@@ -6,6 +6,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/vmruntime/vmruntime/agent/agentpb"
 )
 
 const (
@@ -55,4 +57,14 @@ func (u *usageCache) measure(dir string) (bytes, inodes uint64) {
 	})
 	u.next = begin.Add(max(usageAge, usageShare*time.Since(begin)))
 	return u.bytes, u.inodes
+}
+
+// measureFileSystem tells the size of the file system that a writable layer lies on.
+func measureFileSystem(st *agentpb.ContainerStats, dir string) {
+	var fs syscall.Statfs_t
+	if err := syscall.Statfs(dir, &fs); err != nil {
+		return
+	}
+	st.WritableSizeBytes = fs.Blocks * uint64(fs.Bsize)
+	st.WritableInodesTotal, st.WritableInodesFree = fs.Files, fs.Ffree
 }

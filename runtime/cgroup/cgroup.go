@@ -25,10 +25,14 @@ import (
 
 // Stats is what the node spends on a pod: QEMU, its helpers and the guest's memory.
 type Stats struct {
-	CPUUsageNano          uint64
+	CPUUsageNano, CPUUserNano, CPUSystemNano uint64
+	// Periods of the CPU quota, those in which it was reached, and how long processes were held back.
+	CPUPeriods, CPUThrottledPeriods, CPUThrottledNano uint64
+
 	MemoryUsageBytes      uint64
 	MemoryWorkingSetBytes uint64
 	MemoryRSSBytes        uint64
+	MemoryCacheBytes      uint64
 	PageFaults            uint64
 	MajorPageFaults       uint64
 	Processes             uint64
@@ -237,9 +241,15 @@ func (g Group) stats2() (Stats, error) {
 	usage, inactive := s.GetMemory().GetUsage(), s.GetMemory().GetInactiveFile()
 	return Stats{
 		CPUUsageNano:          s.GetCPU().GetUsageUsec() * 1000,
+		CPUUserNano:           s.GetCPU().GetUserUsec() * 1000,
+		CPUSystemNano:         s.GetCPU().GetSystemUsec() * 1000,
+		CPUPeriods:            s.GetCPU().GetNrPeriods(),
+		CPUThrottledPeriods:   s.GetCPU().GetNrThrottled(),
+		CPUThrottledNano:      s.GetCPU().GetThrottledUsec() * 1000,
 		MemoryUsageBytes:      usage,
 		MemoryWorkingSetBytes: usage - min(usage, inactive),
 		MemoryRSSBytes:        s.GetMemory().GetAnon(),
+		MemoryCacheBytes:      s.GetMemory().GetFile(),
 		PageFaults:            s.GetMemory().GetPgfault(),
 		MajorPageFaults:       s.GetMemory().GetPgmajfault(),
 		Processes:             s.GetPids().GetCurrent(),
@@ -258,9 +268,15 @@ func (g Group) stats1() (Stats, error) {
 	usage, inactive := s.GetMemory().GetUsage().GetUsage(), s.GetMemory().GetTotalInactiveFile()
 	return Stats{
 		CPUUsageNano:          s.GetCPU().GetUsage().GetTotal(),
+		CPUUserNano:           s.GetCPU().GetUsage().GetUser(),
+		CPUSystemNano:         s.GetCPU().GetUsage().GetKernel(),
+		CPUPeriods:            s.GetCPU().GetThrottling().GetPeriods(),
+		CPUThrottledPeriods:   s.GetCPU().GetThrottling().GetThrottledPeriods(),
+		CPUThrottledNano:      s.GetCPU().GetThrottling().GetThrottledTime(),
 		MemoryUsageBytes:      usage,
 		MemoryWorkingSetBytes: usage - min(usage, inactive),
 		MemoryRSSBytes:        s.GetMemory().GetTotalRSS(),
+		MemoryCacheBytes:      s.GetMemory().GetTotalCache(),
 		PageFaults:            s.GetMemory().GetTotalPgFault(),
 		MajorPageFaults:       s.GetMemory().GetTotalPgMajFault(),
 		Processes:             s.GetPids().GetCurrent(),
