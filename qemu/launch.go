@@ -26,8 +26,8 @@ type job struct {
 	Argv []string `json:"argv"` // Argv[0] is an absolute path
 	// Confine, if there, takes away what the program has no need of.
 	Confine *confinement `json:"confine,omitempty"`
-	// LastUserNS says that the launcher's user namespace, which is not the node's, may have no others within.
-	LastUserNS bool `json:"lastUserNS,omitempty"`
+	// ServesFiles says that the program is virtiofsd, and the launcher in a user namespace that is not the node's.
+	ServesFiles bool `json:"servesFiles,omitempty"`
 }
 
 // confinement is the little world of one QEMU or swtpm.
@@ -81,9 +81,9 @@ func runJob() error {
 	if err := limits(); err != nil {
 		return err
 	}
-	if j.LastUserNS {
-		if err := os.WriteFile("/proc/sys/user/max_user_namespaces", []byte("0"), 0); err != nil {
-			return fmt.Errorf("forbid user namespaces: %w", err)
+	if j.ServesFiles {
+		if err := serveFiles(); err != nil {
+			return err
 		}
 	}
 	if c := j.Confine; c != nil {
@@ -95,6 +95,19 @@ func runJob() error {
 		return fmt.Errorf("no_new_privs: %w", err)
 	}
 	return fmt.Errorf("execute %s: %w", j.Argv[0], syscall.Exec(j.Argv[0], j.Argv, os.Environ()))
+}
+
+// serveFiles forbids other user namespaces within this one, and keeps what root may do with files while virtiofsd makes one as
+// another user: the guest has decided that its user may, who has groups there of which virtiofsd does not know.
+func serveFiles() error {
+	if err := os.WriteFile("/proc/sys/user/max_user_namespaces", []byte("0"), 0); err != nil {
+		return fmt.Errorf("forbid user namespaces: %w", err)
+	}
+	const noSetuidFixup, locked = 1 << 2, 1 << 3 // SECBIT_NO_SETUID_FIXUP of capabilities(7)
+	if err := unix.Prctl(unix.PR_SET_SECUREBITS, noSetuidFixup|locked, 0, 0, 0); err != nil {
+		return fmt.Errorf("keep capabilities over changes of the user: %w", err)
+	}
+	return nil
 }
 
 // limits forbids core dumps, which would hold the guest's memory, and allows all the open files that may be had.

@@ -4,11 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -24,10 +26,16 @@ type ShareSpec struct {
 	RunDir string
 	// Place as in Spec.
 	Place func(pid int) error
+	// Users and Groups, if set, are the guest's IDs for the node's from 0 on; other IDs of the node are nobody's to the guest,
+	// and it has no power over their files. Otherwise every ID is itself.
+	Users, Groups IDRange
 	// Keep, if there, is called after Place with what a later daemon needs to know, while the process has done nothing
 	// yet: if this process ends before that is kept, virtiofsd never comes to be.
 	Keep func(ShareRecord) error
 }
+
+// IDRange are Count user or group IDs from First.
+type IDRange struct{ First, Count uint32 }
 
 // ShareRecord is what a later daemon needs to find a share server again.
 type ShareRecord struct {
@@ -70,6 +78,7 @@ func StartShareServer(ctx context.Context, s ShareSpec) (*ShareServer, error) {
 	defer in.close()
 	args = append(args, "--fd="+strconv.Itoa(in.add(f)))
 	start := func(cmd *exec.Cmd) (err error) {
+		s.mapUsers(cmd.SysProcAttr)
 		record.Tree, err = startInTree(cmd, s.RunDir, binary)
 		return err
 	}
@@ -87,13 +96,35 @@ func StartShareServer(ctx context.Context, s ShareSpec) (*ShareServer, error) {
 		}
 		return s.Keep(record)
 	}
-	j := job{Argv: append([]string{binary}, args...), LastUserNS: true}
+	j := job{Argv: append([]string{binary}, args...), ServesFiles: true}
 	proc, out, err := launchBy(start, s.Launcher, j, in.files, place)
 	if err != nil {
 		return nil, err
 	}
 	record.StartTime = proc.start
 	return &ShareServer{newHelper("virtiofsd", proc, out), record}, nil
+}
+
+// mapUsers has virtiofsd know the node's IDs by those of the guest. It is root of its user namespace, and on the node a user who has
+// nothing.
+func (s ShareSpec) mapUsers(sys *syscall.SysProcAttr) {
+	sys.UidMappings, sys.GidMappings, sys.GidMappingsEnableSetgroups = s.Users.idMap(), s.Groups.idMap(), true
+	if s.Users.Count > 0 {
+		sys.Credential = &syscall.Credential{}
+	}
+}
+
+// nobody is the node's ID of a virtiofsd to whose guest the node's 0 is not 0.
+const nobody = math.MaxUint32 - 1
+
+func (r IDRange) idMap() []syscall.SysProcIDMap {
+	switch {
+	case r.Count == 0:
+		return []syscall.SysProcIDMap{{Size: math.MaxUint32}}
+	case r.First == 0:
+		return []syscall.SysProcIDMap{{Size: int(r.Count)}}
+	}
+	return []syscall.SysProcIDMap{{HostID: nobody, Size: 1}, {ContainerID: int(r.First), Size: int(r.Count)}}
 }
 
 var rustRE = regexp.MustCompile(`^virtiofsd (backend )?v?[1-9]`)

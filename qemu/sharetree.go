@@ -4,13 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strings"
-	"syscall"
 
 	"github.com/containerd/errdefs"
 	"github.com/moby/sys/mountinfo"
@@ -60,8 +58,8 @@ func onThread(do func() error) error {
 	return <-done
 }
 
-// startInTree makes a tree and starts a launcher there, as root of a user namespace of its own in which every user and group
-// of the node is itself, and which has no power over anything of the node but files. It hands the tree over as treeFD, and
+// startInTree makes a tree and starts a launcher there, as root of a user namespace of its own, which has no power over anything
+// of the node but files. It hands the tree over as treeFD, and
 // returns the namespace's number. dir is covered while the tree is made.
 func startInTree(cmd *exec.Cmd, dir, binary string) (number uint64, err error) {
 	err = onThread(func() error {
@@ -76,10 +74,8 @@ func startInTree(cmd *exec.Cmd, dir, binary string) (number uint64, err error) {
 		if number, err = treeNumber(ns); err != nil {
 			return err
 		}
-		all := []syscall.SysProcIDMap{{Size: math.MaxUint32}}
 		cmd.ExtraFiles = append(cmd.ExtraFiles, ns)
 		cmd.SysProcAttr.Cloneflags = unix.CLONE_NEWUSER | unix.CLONE_NEWIPC
-		cmd.SysProcAttr.UidMappings, cmd.SysProcAttr.GidMappings, cmd.SysProcAttr.GidMappingsEnableSetgroups = all, all, true
 		if err := cmd.Start(); errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EUSERS) {
 			return fmt.Errorf("own user namespace: %w; the sysctl user.max_user_namespaces has to be above the number of VM pods", err)
 		} else if err != nil {

@@ -82,9 +82,6 @@ func resolveMount(name string, cfg *runtimeapi.ContainerConfig, m *runtimeapi.Mo
 	if m.GetPropagation() == runtimeapi.MountPropagation_PROPAGATION_BIDIRECTIONAL {
 		return r, fmt.Errorf("propagation Bidirectional: a mount made inside a VM cannot appear on the node; use None or HostToContainer: %w", errdefs.ErrInvalidArgument)
 	}
-	if len(m.GetUidMappings()) > 0 || len(m.GetGidMappings()) > 0 {
-		return r, fmt.Errorf("uid_mappings: ID-mapped mounts do not exist in VM pods; set hostUsers to true: %w", errdefs.ErrInvalidArgument)
-	}
 	if m.GetImage().GetImage() != "" {
 		r.Via, r.ReadOnly = viaImage, true
 		sub, err := cleanSubPath(m.GetImageSubPath())

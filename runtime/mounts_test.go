@@ -92,7 +92,6 @@ func TestResolveMountsRefuses(t *testing.T) {
 		"not absolute":     {ContainerPath: "/x", HostPath: "relative"},
 		"host_path is":     {ContainerPath: "/x"},
 		"Bidirectional":    {ContainerPath: "/x", HostPath: dir, Propagation: runtimeapi.MountPropagation_PROPAGATION_BIDIRECTIONAL},
-		"uid_mappings":     {ContainerPath: "/x", HostPath: dir, UidMappings: []*runtimeapi.IDMapping{{}}},
 		"leaves the image": {ContainerPath: "/x", Image: &runtimeapi.ImageSpec{Image: "x"}, ImageSubPath: "../y"},
 	} {
 		_, err := resolveMounts(testContainerID, &runtimeapi.ContainerConfig{Mounts: []*runtimeapi.Mount{m}})

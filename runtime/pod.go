@@ -19,6 +19,7 @@ import (
 	"github.com/vmruntime/vmruntime/network"
 	"github.com/vmruntime/vmruntime/qemu"
 	"github.com/vmruntime/vmruntime/runtime/cgroup"
+	"github.com/vmruntime/vmruntime/runtime/ocispec"
 	"github.com/vmruntime/vmruntime/runtime/state"
 )
 
@@ -283,6 +284,10 @@ func (p *pod) sandboxRequest() (*agentpb.ConfigureSandboxRequest, error) {
 		ScratchDisk:     scratchSerial,
 		ShmSizeBytes:    64 << 20,
 		PodPidNamespace: cfg.GetLinux().GetSecurityContext().GetNamespaceOptions().GetPid() == runtimeapi.NamespaceMode_POD,
+	}
+	if uids, gids := ocispec.Users(cfg); uids != nil {
+		req.Users = &agentpb.IDRange{First: uids.GetHostId(), Count: uids.GetLength()}
+		req.Groups = &agentpb.IDRange{First: gids.GetHostId(), Count: gids.GetLength()}
 	}
 	for _, nic := range s.Network.Interfaces {
 		i := &agentpb.Interface{Name: nic.Name, Mac: nic.MAC, Mtu: int32(nic.MTU)}

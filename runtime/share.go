@@ -11,6 +11,7 @@ import (
 
 	"github.com/vmruntime/vmruntime/agent/agentpb"
 	"github.com/vmruntime/vmruntime/qemu"
+	"github.com/vmruntime/vmruntime/runtime/ocispec"
 )
 
 const shareTag = "shares"
@@ -102,6 +103,10 @@ func (g *guest) startShare(ctx context.Context) error {
 	spec, err := g.pod.shareSpec()
 	if err != nil {
 		return err
+	}
+	if uids, gids := ocispec.Users(g.pod.config()); uids != nil {
+		spec.Users = qemu.IDRange{First: uids.GetHostId(), Count: uids.GetLength()}
+		spec.Groups = qemu.IDRange{First: gids.GetHostId(), Count: gids.GetLength()}
 	}
 	spec.Keep = func(r qemu.ShareRecord) error { return g.keepShare(&r) }
 	server, err := qemu.StartShareServer(ctx, spec)

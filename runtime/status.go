@@ -23,7 +23,7 @@ func (rt *Runtime) Status(ctx context.Context, req *runtimeapi.StatusRequest) (*
 	}
 	for _, h := range rt.cfg.VM.Handlers {
 		resp.RuntimeHandlers = append(resp.RuntimeHandlers, &runtimeapi.RuntimeHandler{
-			Name: h, Features: &runtimeapi.RuntimeHandlerFeatures{RecursiveReadOnlyMounts: true},
+			Name: h, Features: &runtimeapi.RuntimeHandlerFeatures{RecursiveReadOnlyMounts: true, UserNamespaces: true},
 		})
 	}
 	if !req.GetVerbose() {

@@ -124,7 +124,7 @@ func (x OutputChunk_Stream) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use OutputChunk_Stream.Descriptor instead.
 func (OutputChunk_Stream) EnumDescriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{25, 0}
+	return file_agent_proto_rawDescGZIP(), []int{26, 0}
 }
 
 type Empty struct {
@@ -313,8 +313,13 @@ type ConfigureSandboxRequest struct {
 	// Starts a process that holds a PID namespace for the containers that ask for POD.
 	PodPidNamespace bool        `protobuf:"varint,11,opt,name=pod_pid_namespace,json=podPidNamespace,proto3" json:"pod_pid_namespace,omitempty"`
 	Neighbors       []*Neighbor `protobuf:"bytes,12,rep,name=neighbors,proto3" json:"neighbors,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// Set together, they give the pod's containers one user namespace, with network, IPC and UTS namespaces that belong to it: what
+	// is 0 in there is the first of these IDs in the guest, and so on. Pushed files, shares and images are seen in there with the
+	// owners that they have on the node.
+	Users         *IDRange `protobuf:"bytes,13,opt,name=users,proto3" json:"users,omitempty"`
+	Groups        *IDRange `protobuf:"bytes,14,opt,name=groups,proto3" json:"groups,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ConfigureSandboxRequest) Reset() {
@@ -431,6 +436,73 @@ func (x *ConfigureSandboxRequest) GetNeighbors() []*Neighbor {
 	return nil
 }
 
+func (x *ConfigureSandboxRequest) GetUsers() *IDRange {
+	if x != nil {
+		return x.Users
+	}
+	return nil
+}
+
+func (x *ConfigureSandboxRequest) GetGroups() *IDRange {
+	if x != nil {
+		return x.Groups
+	}
+	return nil
+}
+
+// IDRange are count user or group IDs from first.
+type IDRange struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	First         uint32                 `protobuf:"varint,1,opt,name=first,proto3" json:"first,omitempty"`
+	Count         uint32                 `protobuf:"varint,2,opt,name=count,proto3" json:"count,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IDRange) Reset() {
+	*x = IDRange{}
+	mi := &file_agent_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IDRange) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IDRange) ProtoMessage() {}
+
+func (x *IDRange) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IDRange.ProtoReflect.Descriptor instead.
+func (*IDRange) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *IDRange) GetFirst() uint32 {
+	if x != nil {
+		return x.First
+	}
+	return 0
+}
+
+func (x *IDRange) GetCount() uint32 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
 type Interface struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -445,7 +517,7 @@ type Interface struct {
 
 func (x *Interface) Reset() {
 	*x = Interface{}
-	mi := &file_agent_proto_msgTypes[4]
+	mi := &file_agent_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -457,7 +529,7 @@ func (x *Interface) String() string {
 func (*Interface) ProtoMessage() {}
 
 func (x *Interface) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[4]
+	mi := &file_agent_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -470,7 +542,7 @@ func (x *Interface) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Interface.ProtoReflect.Descriptor instead.
 func (*Interface) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{4}
+	return file_agent_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Interface) GetName() string {
@@ -522,7 +594,7 @@ type Route struct {
 
 func (x *Route) Reset() {
 	*x = Route{}
-	mi := &file_agent_proto_msgTypes[5]
+	mi := &file_agent_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -534,7 +606,7 @@ func (x *Route) String() string {
 func (*Route) ProtoMessage() {}
 
 func (x *Route) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[5]
+	mi := &file_agent_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -547,7 +619,7 @@ func (x *Route) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Route.ProtoReflect.Descriptor instead.
 func (*Route) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{5}
+	return file_agent_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Route) GetDestination() string {
@@ -625,7 +697,7 @@ type Neighbor struct {
 
 func (x *Neighbor) Reset() {
 	*x = Neighbor{}
-	mi := &file_agent_proto_msgTypes[6]
+	mi := &file_agent_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -637,7 +709,7 @@ func (x *Neighbor) String() string {
 func (*Neighbor) ProtoMessage() {}
 
 func (x *Neighbor) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[6]
+	mi := &file_agent_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -650,7 +722,7 @@ func (x *Neighbor) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Neighbor.ProtoReflect.Descriptor instead.
 func (*Neighbor) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{6}
+	return file_agent_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Neighbor) GetAddress() string {
@@ -687,7 +759,7 @@ type PutFilesRequest struct {
 
 func (x *PutFilesRequest) Reset() {
 	*x = PutFilesRequest{}
-	mi := &file_agent_proto_msgTypes[7]
+	mi := &file_agent_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -699,7 +771,7 @@ func (x *PutFilesRequest) String() string {
 func (*PutFilesRequest) ProtoMessage() {}
 
 func (x *PutFilesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[7]
+	mi := &file_agent_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -712,7 +784,7 @@ func (x *PutFilesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutFilesRequest.ProtoReflect.Descriptor instead.
 func (*PutFilesRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{7}
+	return file_agent_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *PutFilesRequest) GetName() string {
@@ -752,7 +824,7 @@ type FileEntry struct {
 
 func (x *FileEntry) Reset() {
 	*x = FileEntry{}
-	mi := &file_agent_proto_msgTypes[8]
+	mi := &file_agent_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -764,7 +836,7 @@ func (x *FileEntry) String() string {
 func (*FileEntry) ProtoMessage() {}
 
 func (x *FileEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[8]
+	mi := &file_agent_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -777,7 +849,7 @@ func (x *FileEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileEntry.ProtoReflect.Descriptor instead.
 func (*FileEntry) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{8}
+	return file_agent_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *FileEntry) GetPath() string {
@@ -832,7 +904,7 @@ type GetFileRequest struct {
 
 func (x *GetFileRequest) Reset() {
 	*x = GetFileRequest{}
-	mi := &file_agent_proto_msgTypes[9]
+	mi := &file_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -844,7 +916,7 @@ func (x *GetFileRequest) String() string {
 func (*GetFileRequest) ProtoMessage() {}
 
 func (x *GetFileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[9]
+	mi := &file_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -857,7 +929,7 @@ func (x *GetFileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetFileRequest.ProtoReflect.Descriptor instead.
 func (*GetFileRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{9}
+	return file_agent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *GetFileRequest) GetPath() string {
@@ -883,7 +955,7 @@ type GetFileResponse struct {
 
 func (x *GetFileResponse) Reset() {
 	*x = GetFileResponse{}
-	mi := &file_agent_proto_msgTypes[10]
+	mi := &file_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -895,7 +967,7 @@ func (x *GetFileResponse) String() string {
 func (*GetFileResponse) ProtoMessage() {}
 
 func (x *GetFileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[10]
+	mi := &file_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -908,7 +980,7 @@ func (x *GetFileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetFileResponse.ProtoReflect.Descriptor instead.
 func (*GetFileResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{10}
+	return file_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *GetFileResponse) GetData() []byte {
@@ -927,7 +999,7 @@ type MountShareRequest struct {
 
 func (x *MountShareRequest) Reset() {
 	*x = MountShareRequest{}
-	mi := &file_agent_proto_msgTypes[11]
+	mi := &file_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -939,7 +1011,7 @@ func (x *MountShareRequest) String() string {
 func (*MountShareRequest) ProtoMessage() {}
 
 func (x *MountShareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[11]
+	mi := &file_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -952,7 +1024,7 @@ func (x *MountShareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MountShareRequest.ProtoReflect.Descriptor instead.
 func (*MountShareRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{11}
+	return file_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *MountShareRequest) GetTag() string {
@@ -989,7 +1061,7 @@ type CreateContainerRequest struct {
 
 func (x *CreateContainerRequest) Reset() {
 	*x = CreateContainerRequest{}
-	mi := &file_agent_proto_msgTypes[12]
+	mi := &file_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1001,7 +1073,7 @@ func (x *CreateContainerRequest) String() string {
 func (*CreateContainerRequest) ProtoMessage() {}
 
 func (x *CreateContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[12]
+	mi := &file_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1014,7 +1086,7 @@ func (x *CreateContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateContainerRequest.ProtoReflect.Descriptor instead.
 func (*CreateContainerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{12}
+	return file_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *CreateContainerRequest) GetId() string {
@@ -1104,7 +1176,7 @@ type ImageMount struct {
 
 func (x *ImageMount) Reset() {
 	*x = ImageMount{}
-	mi := &file_agent_proto_msgTypes[13]
+	mi := &file_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1116,7 +1188,7 @@ func (x *ImageMount) String() string {
 func (*ImageMount) ProtoMessage() {}
 
 func (x *ImageMount) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[13]
+	mi := &file_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1129,7 +1201,7 @@ func (x *ImageMount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageMount.ProtoReflect.Descriptor instead.
 func (*ImageMount) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{13}
+	return file_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ImageMount) GetName() string {
@@ -1155,7 +1227,7 @@ type StartContainerRequest struct {
 
 func (x *StartContainerRequest) Reset() {
 	*x = StartContainerRequest{}
-	mi := &file_agent_proto_msgTypes[14]
+	mi := &file_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1167,7 +1239,7 @@ func (x *StartContainerRequest) String() string {
 func (*StartContainerRequest) ProtoMessage() {}
 
 func (x *StartContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[14]
+	mi := &file_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1180,7 +1252,7 @@ func (x *StartContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartContainerRequest.ProtoReflect.Descriptor instead.
 func (*StartContainerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{14}
+	return file_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *StartContainerRequest) GetId() string {
@@ -1200,7 +1272,7 @@ type StartContainerResponse struct {
 
 func (x *StartContainerResponse) Reset() {
 	*x = StartContainerResponse{}
-	mi := &file_agent_proto_msgTypes[15]
+	mi := &file_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1212,7 +1284,7 @@ func (x *StartContainerResponse) String() string {
 func (*StartContainerResponse) ProtoMessage() {}
 
 func (x *StartContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[15]
+	mi := &file_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1225,7 +1297,7 @@ func (x *StartContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartContainerResponse.ProtoReflect.Descriptor instead.
 func (*StartContainerResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{15}
+	return file_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *StartContainerResponse) GetPid() int32 {
@@ -1253,7 +1325,7 @@ type UpdateContainerRequest struct {
 
 func (x *UpdateContainerRequest) Reset() {
 	*x = UpdateContainerRequest{}
-	mi := &file_agent_proto_msgTypes[16]
+	mi := &file_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1265,7 +1337,7 @@ func (x *UpdateContainerRequest) String() string {
 func (*UpdateContainerRequest) ProtoMessage() {}
 
 func (x *UpdateContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[16]
+	mi := &file_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1278,7 +1350,7 @@ func (x *UpdateContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateContainerRequest.ProtoReflect.Descriptor instead.
 func (*UpdateContainerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{16}
+	return file_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *UpdateContainerRequest) GetId() string {
@@ -1304,7 +1376,7 @@ type RemoveContainerRequest struct {
 
 func (x *RemoveContainerRequest) Reset() {
 	*x = RemoveContainerRequest{}
-	mi := &file_agent_proto_msgTypes[17]
+	mi := &file_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1316,7 +1388,7 @@ func (x *RemoveContainerRequest) String() string {
 func (*RemoveContainerRequest) ProtoMessage() {}
 
 func (x *RemoveContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[17]
+	mi := &file_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1329,7 +1401,7 @@ func (x *RemoveContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveContainerRequest.ProtoReflect.Descriptor instead.
 func (*RemoveContainerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{17}
+	return file_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *RemoveContainerRequest) GetId() string {
@@ -1350,7 +1422,7 @@ type ProcessRef struct {
 
 func (x *ProcessRef) Reset() {
 	*x = ProcessRef{}
-	mi := &file_agent_proto_msgTypes[18]
+	mi := &file_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1362,7 +1434,7 @@ func (x *ProcessRef) String() string {
 func (*ProcessRef) ProtoMessage() {}
 
 func (x *ProcessRef) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[18]
+	mi := &file_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1375,7 +1447,7 @@ func (x *ProcessRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProcessRef.ProtoReflect.Descriptor instead.
 func (*ProcessRef) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{18}
+	return file_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ProcessRef) GetContainerId() string {
@@ -1407,7 +1479,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_agent_proto_msgTypes[19]
+	mi := &file_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1419,7 +1491,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[19]
+	mi := &file_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1432,7 +1504,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{19}
+	return file_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ExecRequest) GetContainerId() string {
@@ -1472,7 +1544,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_agent_proto_msgTypes[20]
+	mi := &file_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1484,7 +1556,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[20]
+	mi := &file_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1497,7 +1569,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{20}
+	return file_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ExecResponse) GetPid() int32 {
@@ -1519,7 +1591,7 @@ type SignalRequest struct {
 
 func (x *SignalRequest) Reset() {
 	*x = SignalRequest{}
-	mi := &file_agent_proto_msgTypes[21]
+	mi := &file_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1531,7 +1603,7 @@ func (x *SignalRequest) String() string {
 func (*SignalRequest) ProtoMessage() {}
 
 func (x *SignalRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[21]
+	mi := &file_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1544,7 +1616,7 @@ func (x *SignalRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalRequest.ProtoReflect.Descriptor instead.
 func (*SignalRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{21}
+	return file_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *SignalRequest) GetProcess() *ProcessRef {
@@ -1587,7 +1659,7 @@ type ProcessState struct {
 
 func (x *ProcessState) Reset() {
 	*x = ProcessState{}
-	mi := &file_agent_proto_msgTypes[22]
+	mi := &file_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1599,7 +1671,7 @@ func (x *ProcessState) String() string {
 func (*ProcessState) ProtoMessage() {}
 
 func (x *ProcessState) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[22]
+	mi := &file_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1612,7 +1684,7 @@ func (x *ProcessState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProcessState.ProtoReflect.Descriptor instead.
 func (*ProcessState) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{22}
+	return file_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ProcessState) GetContainerId() string {
@@ -1693,7 +1765,7 @@ type ReadOutputRequest struct {
 
 func (x *ReadOutputRequest) Reset() {
 	*x = ReadOutputRequest{}
-	mi := &file_agent_proto_msgTypes[23]
+	mi := &file_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1705,7 +1777,7 @@ func (x *ReadOutputRequest) String() string {
 func (*ReadOutputRequest) ProtoMessage() {}
 
 func (x *ReadOutputRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[23]
+	mi := &file_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1718,7 +1790,7 @@ func (x *ReadOutputRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadOutputRequest.ProtoReflect.Descriptor instead.
 func (*ReadOutputRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{23}
+	return file_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ReadOutputRequest) GetProcess() *ProcessRef {
@@ -1777,7 +1849,7 @@ type ReadOutputResponse struct {
 
 func (x *ReadOutputResponse) Reset() {
 	*x = ReadOutputResponse{}
-	mi := &file_agent_proto_msgTypes[24]
+	mi := &file_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1789,7 +1861,7 @@ func (x *ReadOutputResponse) String() string {
 func (*ReadOutputResponse) ProtoMessage() {}
 
 func (x *ReadOutputResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[24]
+	mi := &file_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1802,7 +1874,7 @@ func (x *ReadOutputResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadOutputResponse.ProtoReflect.Descriptor instead.
 func (*ReadOutputResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{24}
+	return file_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ReadOutputResponse) GetChunks() []*OutputChunk {
@@ -1839,7 +1911,7 @@ type OutputChunk struct {
 
 func (x *OutputChunk) Reset() {
 	*x = OutputChunk{}
-	mi := &file_agent_proto_msgTypes[25]
+	mi := &file_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1851,7 +1923,7 @@ func (x *OutputChunk) String() string {
 func (*OutputChunk) ProtoMessage() {}
 
 func (x *OutputChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[25]
+	mi := &file_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1864,7 +1936,7 @@ func (x *OutputChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputChunk.ProtoReflect.Descriptor instead.
 func (*OutputChunk) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{25}
+	return file_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *OutputChunk) GetStream() OutputChunk_Stream {
@@ -1905,7 +1977,7 @@ type WriteStdinRequest struct {
 
 func (x *WriteStdinRequest) Reset() {
 	*x = WriteStdinRequest{}
-	mi := &file_agent_proto_msgTypes[26]
+	mi := &file_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1917,7 +1989,7 @@ func (x *WriteStdinRequest) String() string {
 func (*WriteStdinRequest) ProtoMessage() {}
 
 func (x *WriteStdinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[26]
+	mi := &file_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1930,7 +2002,7 @@ func (x *WriteStdinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteStdinRequest.ProtoReflect.Descriptor instead.
 func (*WriteStdinRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{26}
+	return file_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *WriteStdinRequest) GetProcess() *ProcessRef {
@@ -1956,7 +2028,7 @@ type WriteStdinResponse struct {
 
 func (x *WriteStdinResponse) Reset() {
 	*x = WriteStdinResponse{}
-	mi := &file_agent_proto_msgTypes[27]
+	mi := &file_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1968,7 +2040,7 @@ func (x *WriteStdinResponse) String() string {
 func (*WriteStdinResponse) ProtoMessage() {}
 
 func (x *WriteStdinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[27]
+	mi := &file_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1981,7 +2053,7 @@ func (x *WriteStdinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteStdinResponse.ProtoReflect.Descriptor instead.
 func (*WriteStdinResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{27}
+	return file_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *WriteStdinResponse) GetWritten() int64 {
@@ -2002,7 +2074,7 @@ type ResizeTerminalRequest struct {
 
 func (x *ResizeTerminalRequest) Reset() {
 	*x = ResizeTerminalRequest{}
-	mi := &file_agent_proto_msgTypes[28]
+	mi := &file_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2014,7 +2086,7 @@ func (x *ResizeTerminalRequest) String() string {
 func (*ResizeTerminalRequest) ProtoMessage() {}
 
 func (x *ResizeTerminalRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[28]
+	mi := &file_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2027,7 +2099,7 @@ func (x *ResizeTerminalRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeTerminalRequest.ProtoReflect.Descriptor instead.
 func (*ResizeTerminalRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{28}
+	return file_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ResizeTerminalRequest) GetProcess() *ProcessRef {
@@ -2059,7 +2131,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_agent_proto_msgTypes[29]
+	mi := &file_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2071,7 +2143,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[29]
+	mi := &file_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2084,7 +2156,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{29}
+	return file_agent_proto_rawDescGZIP(), []int{30}
 }
 
 type ListResponse struct {
@@ -2096,7 +2168,7 @@ type ListResponse struct {
 
 func (x *ListResponse) Reset() {
 	*x = ListResponse{}
-	mi := &file_agent_proto_msgTypes[30]
+	mi := &file_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2108,7 +2180,7 @@ func (x *ListResponse) String() string {
 func (*ListResponse) ProtoMessage() {}
 
 func (x *ListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[30]
+	mi := &file_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2121,7 +2193,7 @@ func (x *ListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListResponse.ProtoReflect.Descriptor instead.
 func (*ListResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{30}
+	return file_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ListResponse) GetProcesses() []*ProcessState {
@@ -2143,7 +2215,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_agent_proto_msgTypes[31]
+	mi := &file_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2155,7 +2227,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[31]
+	mi := &file_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2168,7 +2240,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{31}
+	return file_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *StatsRequest) GetContainerIds() []string {
@@ -2197,7 +2269,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_agent_proto_msgTypes[32]
+	mi := &file_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2209,7 +2281,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[32]
+	mi := &file_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2222,7 +2294,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{32}
+	return file_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *StatsResponse) GetTimeUnixNano() int64 {
@@ -2265,7 +2337,7 @@ type ContainerStats struct {
 
 func (x *ContainerStats) Reset() {
 	*x = ContainerStats{}
-	mi := &file_agent_proto_msgTypes[33]
+	mi := &file_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2277,7 +2349,7 @@ func (x *ContainerStats) String() string {
 func (*ContainerStats) ProtoMessage() {}
 
 func (x *ContainerStats) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[33]
+	mi := &file_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2290,7 +2362,7 @@ func (x *ContainerStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerStats.ProtoReflect.Descriptor instead.
 func (*ContainerStats) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{33}
+	return file_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ContainerStats) GetId() string {
@@ -2397,7 +2469,7 @@ type CgroupStats struct {
 
 func (x *CgroupStats) Reset() {
 	*x = CgroupStats{}
-	mi := &file_agent_proto_msgTypes[34]
+	mi := &file_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2409,7 +2481,7 @@ func (x *CgroupStats) String() string {
 func (*CgroupStats) ProtoMessage() {}
 
 func (x *CgroupStats) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[34]
+	mi := &file_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2422,7 +2494,7 @@ func (x *CgroupStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CgroupStats.ProtoReflect.Descriptor instead.
 func (*CgroupStats) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{34}
+	return file_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *CgroupStats) GetCpuUsageNano() uint64 {
@@ -2643,7 +2715,7 @@ type DiskIO struct {
 
 func (x *DiskIO) Reset() {
 	*x = DiskIO{}
-	mi := &file_agent_proto_msgTypes[35]
+	mi := &file_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2655,7 +2727,7 @@ func (x *DiskIO) String() string {
 func (*DiskIO) ProtoMessage() {}
 
 func (x *DiskIO) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[35]
+	mi := &file_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2668,7 +2740,7 @@ func (x *DiskIO) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiskIO.ProtoReflect.Descriptor instead.
 func (*DiskIO) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{35}
+	return file_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *DiskIO) GetDevice() string {
@@ -2717,7 +2789,7 @@ type Pressure struct {
 
 func (x *Pressure) Reset() {
 	*x = Pressure{}
-	mi := &file_agent_proto_msgTypes[36]
+	mi := &file_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2729,7 +2801,7 @@ func (x *Pressure) String() string {
 func (*Pressure) ProtoMessage() {}
 
 func (x *Pressure) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[36]
+	mi := &file_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2742,7 +2814,7 @@ func (x *Pressure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pressure.ProtoReflect.Descriptor instead.
 func (*Pressure) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{36}
+	return file_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Pressure) GetSome() *PressureLine {
@@ -2771,7 +2843,7 @@ type PressureLine struct {
 
 func (x *PressureLine) Reset() {
 	*x = PressureLine{}
-	mi := &file_agent_proto_msgTypes[37]
+	mi := &file_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2783,7 +2855,7 @@ func (x *PressureLine) String() string {
 func (*PressureLine) ProtoMessage() {}
 
 func (x *PressureLine) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[37]
+	mi := &file_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2796,7 +2868,7 @@ func (x *PressureLine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PressureLine.ProtoReflect.Descriptor instead.
 func (*PressureLine) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{37}
+	return file_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *PressureLine) GetAvg10() float64 {
@@ -2838,7 +2910,7 @@ type DialRequest struct {
 
 func (x *DialRequest) Reset() {
 	*x = DialRequest{}
-	mi := &file_agent_proto_msgTypes[38]
+	mi := &file_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2850,7 +2922,7 @@ func (x *DialRequest) String() string {
 func (*DialRequest) ProtoMessage() {}
 
 func (x *DialRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[38]
+	mi := &file_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2863,7 +2935,7 @@ func (x *DialRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DialRequest.ProtoReflect.Descriptor instead.
 func (*DialRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{38}
+	return file_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *DialRequest) GetNetwork() string {
@@ -2889,7 +2961,7 @@ type DialResponse struct {
 
 func (x *DialResponse) Reset() {
 	*x = DialResponse{}
-	mi := &file_agent_proto_msgTypes[39]
+	mi := &file_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2901,7 +2973,7 @@ func (x *DialResponse) String() string {
 func (*DialResponse) ProtoMessage() {}
 
 func (x *DialResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[39]
+	mi := &file_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2914,7 +2986,7 @@ func (x *DialResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DialResponse.ProtoReflect.Descriptor instead.
 func (*DialResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{39}
+	return file_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *DialResponse) GetConnId() uint64 {
@@ -2934,7 +3006,7 @@ type ConnReadRequest struct {
 
 func (x *ConnReadRequest) Reset() {
 	*x = ConnReadRequest{}
-	mi := &file_agent_proto_msgTypes[40]
+	mi := &file_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2946,7 +3018,7 @@ func (x *ConnReadRequest) String() string {
 func (*ConnReadRequest) ProtoMessage() {}
 
 func (x *ConnReadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[40]
+	mi := &file_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2959,7 +3031,7 @@ func (x *ConnReadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnReadRequest.ProtoReflect.Descriptor instead.
 func (*ConnReadRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{40}
+	return file_agent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ConnReadRequest) GetConnId() uint64 {
@@ -2986,7 +3058,7 @@ type ConnReadResponse struct {
 
 func (x *ConnReadResponse) Reset() {
 	*x = ConnReadResponse{}
-	mi := &file_agent_proto_msgTypes[41]
+	mi := &file_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2998,7 +3070,7 @@ func (x *ConnReadResponse) String() string {
 func (*ConnReadResponse) ProtoMessage() {}
 
 func (x *ConnReadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[41]
+	mi := &file_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3011,7 +3083,7 @@ func (x *ConnReadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnReadResponse.ProtoReflect.Descriptor instead.
 func (*ConnReadResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{41}
+	return file_agent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ConnReadResponse) GetData() []byte {
@@ -3038,7 +3110,7 @@ type ConnWriteRequest struct {
 
 func (x *ConnWriteRequest) Reset() {
 	*x = ConnWriteRequest{}
-	mi := &file_agent_proto_msgTypes[42]
+	mi := &file_agent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3050,7 +3122,7 @@ func (x *ConnWriteRequest) String() string {
 func (*ConnWriteRequest) ProtoMessage() {}
 
 func (x *ConnWriteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[42]
+	mi := &file_agent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3063,7 +3135,7 @@ func (x *ConnWriteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnWriteRequest.ProtoReflect.Descriptor instead.
 func (*ConnWriteRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{42}
+	return file_agent_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ConnWriteRequest) GetConnId() uint64 {
@@ -3091,7 +3163,7 @@ type ConnCloseRequest struct {
 
 func (x *ConnCloseRequest) Reset() {
 	*x = ConnCloseRequest{}
-	mi := &file_agent_proto_msgTypes[43]
+	mi := &file_agent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3103,7 +3175,7 @@ func (x *ConnCloseRequest) String() string {
 func (*ConnCloseRequest) ProtoMessage() {}
 
 func (x *ConnCloseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[43]
+	mi := &file_agent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3116,7 +3188,7 @@ func (x *ConnCloseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnCloseRequest.ProtoReflect.Descriptor instead.
 func (*ConnCloseRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{43}
+	return file_agent_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ConnCloseRequest) GetConnId() uint64 {
@@ -3141,7 +3213,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_agent_proto_msgTypes[44]
+	mi := &file_agent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3153,7 +3225,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[44]
+	mi := &file_agent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3166,7 +3238,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{44}
+	return file_agent_proto_rawDescGZIP(), []int{45}
 }
 
 var File_agent_proto protoreflect.FileDescriptor
@@ -3186,7 +3258,7 @@ const file_agent_proto_rawDesc = "" +
 	"\vcpus_online\x18\x05 \x01(\x05R\n" +
 	"cpusOnline\x12,\n" +
 	"\x12memory_total_bytes\x18\x06 \x01(\x03R\x10memoryTotalBytes\x12\x18\n" +
-	"\amachine\x18\a \x01(\bR\amachine\"\xdf\x04\n" +
+	"\amachine\x18\a \x01(\bR\amachine\"\xc7\x05\n" +
 	"\x17ConfigureSandboxRequest\x12$\n" +
 	"\x0etime_unix_nano\x18\x01 \x01(\x03R\ftimeUnixNano\x12\x18\n" +
 	"\aentropy\x18\x02 \x01(\fR\aentropy\x12\x1a\n" +
@@ -3203,10 +3275,15 @@ const file_agent_proto_rawDesc = "" +
 	"\x0eshm_size_bytes\x18\n" +
 	" \x01(\x03R\fshmSizeBytes\x12*\n" +
 	"\x11pod_pid_namespace\x18\v \x01(\bR\x0fpodPidNamespace\x12:\n" +
-	"\tneighbors\x18\f \x03(\v2\x1c.vmruntime.agent.v1.NeighborR\tneighbors\x1a:\n" +
+	"\tneighbors\x18\f \x03(\v2\x1c.vmruntime.agent.v1.NeighborR\tneighbors\x121\n" +
+	"\x05users\x18\r \x01(\v2\x1b.vmruntime.agent.v1.IDRangeR\x05users\x123\n" +
+	"\x06groups\x18\x0e \x01(\v2\x1b.vmruntime.agent.v1.IDRangeR\x06groups\x1a:\n" +
 	"\fSysctlsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"a\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"5\n" +
+	"\aIDRange\x12\x14\n" +
+	"\x05first\x18\x01 \x01(\rR\x05first\x12\x14\n" +
+	"\x05count\x18\x02 \x01(\rR\x05count\"a\n" +
 	"\tInterface\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
 	"\x03mac\x18\x02 \x01(\tR\x03mac\x12\x10\n" +
@@ -3471,7 +3548,7 @@ func file_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 46)
+var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 47)
 var file_agent_proto_goTypes = []any{
 	(PidNamespace)(0),               // 0: vmruntime.agent.v1.PidNamespace
 	(OutputChunk_Stream)(0),         // 1: vmruntime.agent.v1.OutputChunk.Stream
@@ -3479,127 +3556,130 @@ var file_agent_proto_goTypes = []any{
 	(*InfoRequest)(nil),             // 3: vmruntime.agent.v1.InfoRequest
 	(*InfoResponse)(nil),            // 4: vmruntime.agent.v1.InfoResponse
 	(*ConfigureSandboxRequest)(nil), // 5: vmruntime.agent.v1.ConfigureSandboxRequest
-	(*Interface)(nil),               // 6: vmruntime.agent.v1.Interface
-	(*Route)(nil),                   // 7: vmruntime.agent.v1.Route
-	(*Neighbor)(nil),                // 8: vmruntime.agent.v1.Neighbor
-	(*PutFilesRequest)(nil),         // 9: vmruntime.agent.v1.PutFilesRequest
-	(*FileEntry)(nil),               // 10: vmruntime.agent.v1.FileEntry
-	(*GetFileRequest)(nil),          // 11: vmruntime.agent.v1.GetFileRequest
-	(*GetFileResponse)(nil),         // 12: vmruntime.agent.v1.GetFileResponse
-	(*MountShareRequest)(nil),       // 13: vmruntime.agent.v1.MountShareRequest
-	(*CreateContainerRequest)(nil),  // 14: vmruntime.agent.v1.CreateContainerRequest
-	(*ImageMount)(nil),              // 15: vmruntime.agent.v1.ImageMount
-	(*StartContainerRequest)(nil),   // 16: vmruntime.agent.v1.StartContainerRequest
-	(*StartContainerResponse)(nil),  // 17: vmruntime.agent.v1.StartContainerResponse
-	(*UpdateContainerRequest)(nil),  // 18: vmruntime.agent.v1.UpdateContainerRequest
-	(*RemoveContainerRequest)(nil),  // 19: vmruntime.agent.v1.RemoveContainerRequest
-	(*ProcessRef)(nil),              // 20: vmruntime.agent.v1.ProcessRef
-	(*ExecRequest)(nil),             // 21: vmruntime.agent.v1.ExecRequest
-	(*ExecResponse)(nil),            // 22: vmruntime.agent.v1.ExecResponse
-	(*SignalRequest)(nil),           // 23: vmruntime.agent.v1.SignalRequest
-	(*ProcessState)(nil),            // 24: vmruntime.agent.v1.ProcessState
-	(*ReadOutputRequest)(nil),       // 25: vmruntime.agent.v1.ReadOutputRequest
-	(*ReadOutputResponse)(nil),      // 26: vmruntime.agent.v1.ReadOutputResponse
-	(*OutputChunk)(nil),             // 27: vmruntime.agent.v1.OutputChunk
-	(*WriteStdinRequest)(nil),       // 28: vmruntime.agent.v1.WriteStdinRequest
-	(*WriteStdinResponse)(nil),      // 29: vmruntime.agent.v1.WriteStdinResponse
-	(*ResizeTerminalRequest)(nil),   // 30: vmruntime.agent.v1.ResizeTerminalRequest
-	(*ListRequest)(nil),             // 31: vmruntime.agent.v1.ListRequest
-	(*ListResponse)(nil),            // 32: vmruntime.agent.v1.ListResponse
-	(*StatsRequest)(nil),            // 33: vmruntime.agent.v1.StatsRequest
-	(*StatsResponse)(nil),           // 34: vmruntime.agent.v1.StatsResponse
-	(*ContainerStats)(nil),          // 35: vmruntime.agent.v1.ContainerStats
-	(*CgroupStats)(nil),             // 36: vmruntime.agent.v1.CgroupStats
-	(*DiskIO)(nil),                  // 37: vmruntime.agent.v1.DiskIO
-	(*Pressure)(nil),                // 38: vmruntime.agent.v1.Pressure
-	(*PressureLine)(nil),            // 39: vmruntime.agent.v1.PressureLine
-	(*DialRequest)(nil),             // 40: vmruntime.agent.v1.DialRequest
-	(*DialResponse)(nil),            // 41: vmruntime.agent.v1.DialResponse
-	(*ConnReadRequest)(nil),         // 42: vmruntime.agent.v1.ConnReadRequest
-	(*ConnReadResponse)(nil),        // 43: vmruntime.agent.v1.ConnReadResponse
-	(*ConnWriteRequest)(nil),        // 44: vmruntime.agent.v1.ConnWriteRequest
-	(*ConnCloseRequest)(nil),        // 45: vmruntime.agent.v1.ConnCloseRequest
-	(*ShutdownRequest)(nil),         // 46: vmruntime.agent.v1.ShutdownRequest
-	nil,                             // 47: vmruntime.agent.v1.ConfigureSandboxRequest.SysctlsEntry
+	(*IDRange)(nil),                 // 6: vmruntime.agent.v1.IDRange
+	(*Interface)(nil),               // 7: vmruntime.agent.v1.Interface
+	(*Route)(nil),                   // 8: vmruntime.agent.v1.Route
+	(*Neighbor)(nil),                // 9: vmruntime.agent.v1.Neighbor
+	(*PutFilesRequest)(nil),         // 10: vmruntime.agent.v1.PutFilesRequest
+	(*FileEntry)(nil),               // 11: vmruntime.agent.v1.FileEntry
+	(*GetFileRequest)(nil),          // 12: vmruntime.agent.v1.GetFileRequest
+	(*GetFileResponse)(nil),         // 13: vmruntime.agent.v1.GetFileResponse
+	(*MountShareRequest)(nil),       // 14: vmruntime.agent.v1.MountShareRequest
+	(*CreateContainerRequest)(nil),  // 15: vmruntime.agent.v1.CreateContainerRequest
+	(*ImageMount)(nil),              // 16: vmruntime.agent.v1.ImageMount
+	(*StartContainerRequest)(nil),   // 17: vmruntime.agent.v1.StartContainerRequest
+	(*StartContainerResponse)(nil),  // 18: vmruntime.agent.v1.StartContainerResponse
+	(*UpdateContainerRequest)(nil),  // 19: vmruntime.agent.v1.UpdateContainerRequest
+	(*RemoveContainerRequest)(nil),  // 20: vmruntime.agent.v1.RemoveContainerRequest
+	(*ProcessRef)(nil),              // 21: vmruntime.agent.v1.ProcessRef
+	(*ExecRequest)(nil),             // 22: vmruntime.agent.v1.ExecRequest
+	(*ExecResponse)(nil),            // 23: vmruntime.agent.v1.ExecResponse
+	(*SignalRequest)(nil),           // 24: vmruntime.agent.v1.SignalRequest
+	(*ProcessState)(nil),            // 25: vmruntime.agent.v1.ProcessState
+	(*ReadOutputRequest)(nil),       // 26: vmruntime.agent.v1.ReadOutputRequest
+	(*ReadOutputResponse)(nil),      // 27: vmruntime.agent.v1.ReadOutputResponse
+	(*OutputChunk)(nil),             // 28: vmruntime.agent.v1.OutputChunk
+	(*WriteStdinRequest)(nil),       // 29: vmruntime.agent.v1.WriteStdinRequest
+	(*WriteStdinResponse)(nil),      // 30: vmruntime.agent.v1.WriteStdinResponse
+	(*ResizeTerminalRequest)(nil),   // 31: vmruntime.agent.v1.ResizeTerminalRequest
+	(*ListRequest)(nil),             // 32: vmruntime.agent.v1.ListRequest
+	(*ListResponse)(nil),            // 33: vmruntime.agent.v1.ListResponse
+	(*StatsRequest)(nil),            // 34: vmruntime.agent.v1.StatsRequest
+	(*StatsResponse)(nil),           // 35: vmruntime.agent.v1.StatsResponse
+	(*ContainerStats)(nil),          // 36: vmruntime.agent.v1.ContainerStats
+	(*CgroupStats)(nil),             // 37: vmruntime.agent.v1.CgroupStats
+	(*DiskIO)(nil),                  // 38: vmruntime.agent.v1.DiskIO
+	(*Pressure)(nil),                // 39: vmruntime.agent.v1.Pressure
+	(*PressureLine)(nil),            // 40: vmruntime.agent.v1.PressureLine
+	(*DialRequest)(nil),             // 41: vmruntime.agent.v1.DialRequest
+	(*DialResponse)(nil),            // 42: vmruntime.agent.v1.DialResponse
+	(*ConnReadRequest)(nil),         // 43: vmruntime.agent.v1.ConnReadRequest
+	(*ConnReadResponse)(nil),        // 44: vmruntime.agent.v1.ConnReadResponse
+	(*ConnWriteRequest)(nil),        // 45: vmruntime.agent.v1.ConnWriteRequest
+	(*ConnCloseRequest)(nil),        // 46: vmruntime.agent.v1.ConnCloseRequest
+	(*ShutdownRequest)(nil),         // 47: vmruntime.agent.v1.ShutdownRequest
+	nil,                             // 48: vmruntime.agent.v1.ConfigureSandboxRequest.SysctlsEntry
 }
 var file_agent_proto_depIdxs = []int32{
-	6,  // 0: vmruntime.agent.v1.ConfigureSandboxRequest.interfaces:type_name -> vmruntime.agent.v1.Interface
-	7,  // 1: vmruntime.agent.v1.ConfigureSandboxRequest.routes:type_name -> vmruntime.agent.v1.Route
-	47, // 2: vmruntime.agent.v1.ConfigureSandboxRequest.sysctls:type_name -> vmruntime.agent.v1.ConfigureSandboxRequest.SysctlsEntry
-	8,  // 3: vmruntime.agent.v1.ConfigureSandboxRequest.neighbors:type_name -> vmruntime.agent.v1.Neighbor
-	10, // 4: vmruntime.agent.v1.PutFilesRequest.entries:type_name -> vmruntime.agent.v1.FileEntry
-	15, // 5: vmruntime.agent.v1.CreateContainerRequest.images:type_name -> vmruntime.agent.v1.ImageMount
-	0,  // 6: vmruntime.agent.v1.CreateContainerRequest.pid_namespace:type_name -> vmruntime.agent.v1.PidNamespace
-	20, // 7: vmruntime.agent.v1.SignalRequest.process:type_name -> vmruntime.agent.v1.ProcessRef
-	20, // 8: vmruntime.agent.v1.ReadOutputRequest.process:type_name -> vmruntime.agent.v1.ProcessRef
-	27, // 9: vmruntime.agent.v1.ReadOutputResponse.chunks:type_name -> vmruntime.agent.v1.OutputChunk
-	24, // 10: vmruntime.agent.v1.ReadOutputResponse.state:type_name -> vmruntime.agent.v1.ProcessState
-	1,  // 11: vmruntime.agent.v1.OutputChunk.stream:type_name -> vmruntime.agent.v1.OutputChunk.Stream
-	20, // 12: vmruntime.agent.v1.WriteStdinRequest.process:type_name -> vmruntime.agent.v1.ProcessRef
-	20, // 13: vmruntime.agent.v1.ResizeTerminalRequest.process:type_name -> vmruntime.agent.v1.ProcessRef
-	24, // 14: vmruntime.agent.v1.ListResponse.processes:type_name -> vmruntime.agent.v1.ProcessState
-	35, // 15: vmruntime.agent.v1.StatsResponse.containers:type_name -> vmruntime.agent.v1.ContainerStats
-	36, // 16: vmruntime.agent.v1.StatsResponse.guest:type_name -> vmruntime.agent.v1.CgroupStats
-	36, // 17: vmruntime.agent.v1.ContainerStats.cgroup:type_name -> vmruntime.agent.v1.CgroupStats
-	38, // 18: vmruntime.agent.v1.CgroupStats.cpu_pressure:type_name -> vmruntime.agent.v1.Pressure
-	38, // 19: vmruntime.agent.v1.CgroupStats.memory_pressure:type_name -> vmruntime.agent.v1.Pressure
-	38, // 20: vmruntime.agent.v1.CgroupStats.io_pressure:type_name -> vmruntime.agent.v1.Pressure
-	37, // 21: vmruntime.agent.v1.CgroupStats.disks:type_name -> vmruntime.agent.v1.DiskIO
-	39, // 22: vmruntime.agent.v1.Pressure.some:type_name -> vmruntime.agent.v1.PressureLine
-	39, // 23: vmruntime.agent.v1.Pressure.full:type_name -> vmruntime.agent.v1.PressureLine
-	3,  // 24: vmruntime.agent.v1.Agent.Info:input_type -> vmruntime.agent.v1.InfoRequest
-	5,  // 25: vmruntime.agent.v1.Agent.ConfigureSandbox:input_type -> vmruntime.agent.v1.ConfigureSandboxRequest
-	9,  // 26: vmruntime.agent.v1.Agent.PutFiles:input_type -> vmruntime.agent.v1.PutFilesRequest
-	11, // 27: vmruntime.agent.v1.Agent.GetFile:input_type -> vmruntime.agent.v1.GetFileRequest
-	13, // 28: vmruntime.agent.v1.Agent.MountShare:input_type -> vmruntime.agent.v1.MountShareRequest
-	14, // 29: vmruntime.agent.v1.Agent.CreateContainer:input_type -> vmruntime.agent.v1.CreateContainerRequest
-	16, // 30: vmruntime.agent.v1.Agent.StartContainer:input_type -> vmruntime.agent.v1.StartContainerRequest
-	18, // 31: vmruntime.agent.v1.Agent.UpdateContainer:input_type -> vmruntime.agent.v1.UpdateContainerRequest
-	19, // 32: vmruntime.agent.v1.Agent.RemoveContainer:input_type -> vmruntime.agent.v1.RemoveContainerRequest
-	21, // 33: vmruntime.agent.v1.Agent.Exec:input_type -> vmruntime.agent.v1.ExecRequest
-	20, // 34: vmruntime.agent.v1.Agent.RemoveExec:input_type -> vmruntime.agent.v1.ProcessRef
-	23, // 35: vmruntime.agent.v1.Agent.Signal:input_type -> vmruntime.agent.v1.SignalRequest
-	20, // 36: vmruntime.agent.v1.Agent.Wait:input_type -> vmruntime.agent.v1.ProcessRef
-	25, // 37: vmruntime.agent.v1.Agent.ReadOutput:input_type -> vmruntime.agent.v1.ReadOutputRequest
-	28, // 38: vmruntime.agent.v1.Agent.WriteStdin:input_type -> vmruntime.agent.v1.WriteStdinRequest
-	20, // 39: vmruntime.agent.v1.Agent.CloseStdin:input_type -> vmruntime.agent.v1.ProcessRef
-	30, // 40: vmruntime.agent.v1.Agent.ResizeTerminal:input_type -> vmruntime.agent.v1.ResizeTerminalRequest
-	31, // 41: vmruntime.agent.v1.Agent.List:input_type -> vmruntime.agent.v1.ListRequest
-	33, // 42: vmruntime.agent.v1.Agent.Stats:input_type -> vmruntime.agent.v1.StatsRequest
-	40, // 43: vmruntime.agent.v1.Agent.Dial:input_type -> vmruntime.agent.v1.DialRequest
-	42, // 44: vmruntime.agent.v1.Agent.ConnRead:input_type -> vmruntime.agent.v1.ConnReadRequest
-	44, // 45: vmruntime.agent.v1.Agent.ConnWrite:input_type -> vmruntime.agent.v1.ConnWriteRequest
-	45, // 46: vmruntime.agent.v1.Agent.ConnClose:input_type -> vmruntime.agent.v1.ConnCloseRequest
-	46, // 47: vmruntime.agent.v1.Agent.Shutdown:input_type -> vmruntime.agent.v1.ShutdownRequest
-	4,  // 48: vmruntime.agent.v1.Agent.Info:output_type -> vmruntime.agent.v1.InfoResponse
-	2,  // 49: vmruntime.agent.v1.Agent.ConfigureSandbox:output_type -> vmruntime.agent.v1.Empty
-	2,  // 50: vmruntime.agent.v1.Agent.PutFiles:output_type -> vmruntime.agent.v1.Empty
-	12, // 51: vmruntime.agent.v1.Agent.GetFile:output_type -> vmruntime.agent.v1.GetFileResponse
-	2,  // 52: vmruntime.agent.v1.Agent.MountShare:output_type -> vmruntime.agent.v1.Empty
-	2,  // 53: vmruntime.agent.v1.Agent.CreateContainer:output_type -> vmruntime.agent.v1.Empty
-	17, // 54: vmruntime.agent.v1.Agent.StartContainer:output_type -> vmruntime.agent.v1.StartContainerResponse
-	2,  // 55: vmruntime.agent.v1.Agent.UpdateContainer:output_type -> vmruntime.agent.v1.Empty
-	2,  // 56: vmruntime.agent.v1.Agent.RemoveContainer:output_type -> vmruntime.agent.v1.Empty
-	22, // 57: vmruntime.agent.v1.Agent.Exec:output_type -> vmruntime.agent.v1.ExecResponse
-	2,  // 58: vmruntime.agent.v1.Agent.RemoveExec:output_type -> vmruntime.agent.v1.Empty
-	2,  // 59: vmruntime.agent.v1.Agent.Signal:output_type -> vmruntime.agent.v1.Empty
-	24, // 60: vmruntime.agent.v1.Agent.Wait:output_type -> vmruntime.agent.v1.ProcessState
-	26, // 61: vmruntime.agent.v1.Agent.ReadOutput:output_type -> vmruntime.agent.v1.ReadOutputResponse
-	29, // 62: vmruntime.agent.v1.Agent.WriteStdin:output_type -> vmruntime.agent.v1.WriteStdinResponse
-	2,  // 63: vmruntime.agent.v1.Agent.CloseStdin:output_type -> vmruntime.agent.v1.Empty
-	2,  // 64: vmruntime.agent.v1.Agent.ResizeTerminal:output_type -> vmruntime.agent.v1.Empty
-	32, // 65: vmruntime.agent.v1.Agent.List:output_type -> vmruntime.agent.v1.ListResponse
-	34, // 66: vmruntime.agent.v1.Agent.Stats:output_type -> vmruntime.agent.v1.StatsResponse
-	41, // 67: vmruntime.agent.v1.Agent.Dial:output_type -> vmruntime.agent.v1.DialResponse
-	43, // 68: vmruntime.agent.v1.Agent.ConnRead:output_type -> vmruntime.agent.v1.ConnReadResponse
-	2,  // 69: vmruntime.agent.v1.Agent.ConnWrite:output_type -> vmruntime.agent.v1.Empty
-	2,  // 70: vmruntime.agent.v1.Agent.ConnClose:output_type -> vmruntime.agent.v1.Empty
-	2,  // 71: vmruntime.agent.v1.Agent.Shutdown:output_type -> vmruntime.agent.v1.Empty
-	48, // [48:72] is the sub-list for method output_type
-	24, // [24:48] is the sub-list for method input_type
-	24, // [24:24] is the sub-list for extension type_name
-	24, // [24:24] is the sub-list for extension extendee
-	0,  // [0:24] is the sub-list for field type_name
+	7,  // 0: vmruntime.agent.v1.ConfigureSandboxRequest.interfaces:type_name -> vmruntime.agent.v1.Interface
+	8,  // 1: vmruntime.agent.v1.ConfigureSandboxRequest.routes:type_name -> vmruntime.agent.v1.Route
+	48, // 2: vmruntime.agent.v1.ConfigureSandboxRequest.sysctls:type_name -> vmruntime.agent.v1.ConfigureSandboxRequest.SysctlsEntry
+	9,  // 3: vmruntime.agent.v1.ConfigureSandboxRequest.neighbors:type_name -> vmruntime.agent.v1.Neighbor
+	6,  // 4: vmruntime.agent.v1.ConfigureSandboxRequest.users:type_name -> vmruntime.agent.v1.IDRange
+	6,  // 5: vmruntime.agent.v1.ConfigureSandboxRequest.groups:type_name -> vmruntime.agent.v1.IDRange
+	11, // 6: vmruntime.agent.v1.PutFilesRequest.entries:type_name -> vmruntime.agent.v1.FileEntry
+	16, // 7: vmruntime.agent.v1.CreateContainerRequest.images:type_name -> vmruntime.agent.v1.ImageMount
+	0,  // 8: vmruntime.agent.v1.CreateContainerRequest.pid_namespace:type_name -> vmruntime.agent.v1.PidNamespace
+	21, // 9: vmruntime.agent.v1.SignalRequest.process:type_name -> vmruntime.agent.v1.ProcessRef
+	21, // 10: vmruntime.agent.v1.ReadOutputRequest.process:type_name -> vmruntime.agent.v1.ProcessRef
+	28, // 11: vmruntime.agent.v1.ReadOutputResponse.chunks:type_name -> vmruntime.agent.v1.OutputChunk
+	25, // 12: vmruntime.agent.v1.ReadOutputResponse.state:type_name -> vmruntime.agent.v1.ProcessState
+	1,  // 13: vmruntime.agent.v1.OutputChunk.stream:type_name -> vmruntime.agent.v1.OutputChunk.Stream
+	21, // 14: vmruntime.agent.v1.WriteStdinRequest.process:type_name -> vmruntime.agent.v1.ProcessRef
+	21, // 15: vmruntime.agent.v1.ResizeTerminalRequest.process:type_name -> vmruntime.agent.v1.ProcessRef
+	25, // 16: vmruntime.agent.v1.ListResponse.processes:type_name -> vmruntime.agent.v1.ProcessState
+	36, // 17: vmruntime.agent.v1.StatsResponse.containers:type_name -> vmruntime.agent.v1.ContainerStats
+	37, // 18: vmruntime.agent.v1.StatsResponse.guest:type_name -> vmruntime.agent.v1.CgroupStats
+	37, // 19: vmruntime.agent.v1.ContainerStats.cgroup:type_name -> vmruntime.agent.v1.CgroupStats
+	39, // 20: vmruntime.agent.v1.CgroupStats.cpu_pressure:type_name -> vmruntime.agent.v1.Pressure
+	39, // 21: vmruntime.agent.v1.CgroupStats.memory_pressure:type_name -> vmruntime.agent.v1.Pressure
+	39, // 22: vmruntime.agent.v1.CgroupStats.io_pressure:type_name -> vmruntime.agent.v1.Pressure
+	38, // 23: vmruntime.agent.v1.CgroupStats.disks:type_name -> vmruntime.agent.v1.DiskIO
+	40, // 24: vmruntime.agent.v1.Pressure.some:type_name -> vmruntime.agent.v1.PressureLine
+	40, // 25: vmruntime.agent.v1.Pressure.full:type_name -> vmruntime.agent.v1.PressureLine
+	3,  // 26: vmruntime.agent.v1.Agent.Info:input_type -> vmruntime.agent.v1.InfoRequest
+	5,  // 27: vmruntime.agent.v1.Agent.ConfigureSandbox:input_type -> vmruntime.agent.v1.ConfigureSandboxRequest
+	10, // 28: vmruntime.agent.v1.Agent.PutFiles:input_type -> vmruntime.agent.v1.PutFilesRequest
+	12, // 29: vmruntime.agent.v1.Agent.GetFile:input_type -> vmruntime.agent.v1.GetFileRequest
+	14, // 30: vmruntime.agent.v1.Agent.MountShare:input_type -> vmruntime.agent.v1.MountShareRequest
+	15, // 31: vmruntime.agent.v1.Agent.CreateContainer:input_type -> vmruntime.agent.v1.CreateContainerRequest
+	17, // 32: vmruntime.agent.v1.Agent.StartContainer:input_type -> vmruntime.agent.v1.StartContainerRequest
+	19, // 33: vmruntime.agent.v1.Agent.UpdateContainer:input_type -> vmruntime.agent.v1.UpdateContainerRequest
+	20, // 34: vmruntime.agent.v1.Agent.RemoveContainer:input_type -> vmruntime.agent.v1.RemoveContainerRequest
+	22, // 35: vmruntime.agent.v1.Agent.Exec:input_type -> vmruntime.agent.v1.ExecRequest
+	21, // 36: vmruntime.agent.v1.Agent.RemoveExec:input_type -> vmruntime.agent.v1.ProcessRef
+	24, // 37: vmruntime.agent.v1.Agent.Signal:input_type -> vmruntime.agent.v1.SignalRequest
+	21, // 38: vmruntime.agent.v1.Agent.Wait:input_type -> vmruntime.agent.v1.ProcessRef
+	26, // 39: vmruntime.agent.v1.Agent.ReadOutput:input_type -> vmruntime.agent.v1.ReadOutputRequest
+	29, // 40: vmruntime.agent.v1.Agent.WriteStdin:input_type -> vmruntime.agent.v1.WriteStdinRequest
+	21, // 41: vmruntime.agent.v1.Agent.CloseStdin:input_type -> vmruntime.agent.v1.ProcessRef
+	31, // 42: vmruntime.agent.v1.Agent.ResizeTerminal:input_type -> vmruntime.agent.v1.ResizeTerminalRequest
+	32, // 43: vmruntime.agent.v1.Agent.List:input_type -> vmruntime.agent.v1.ListRequest
+	34, // 44: vmruntime.agent.v1.Agent.Stats:input_type -> vmruntime.agent.v1.StatsRequest
+	41, // 45: vmruntime.agent.v1.Agent.Dial:input_type -> vmruntime.agent.v1.DialRequest
+	43, // 46: vmruntime.agent.v1.Agent.ConnRead:input_type -> vmruntime.agent.v1.ConnReadRequest
+	45, // 47: vmruntime.agent.v1.Agent.ConnWrite:input_type -> vmruntime.agent.v1.ConnWriteRequest
+	46, // 48: vmruntime.agent.v1.Agent.ConnClose:input_type -> vmruntime.agent.v1.ConnCloseRequest
+	47, // 49: vmruntime.agent.v1.Agent.Shutdown:input_type -> vmruntime.agent.v1.ShutdownRequest
+	4,  // 50: vmruntime.agent.v1.Agent.Info:output_type -> vmruntime.agent.v1.InfoResponse
+	2,  // 51: vmruntime.agent.v1.Agent.ConfigureSandbox:output_type -> vmruntime.agent.v1.Empty
+	2,  // 52: vmruntime.agent.v1.Agent.PutFiles:output_type -> vmruntime.agent.v1.Empty
+	13, // 53: vmruntime.agent.v1.Agent.GetFile:output_type -> vmruntime.agent.v1.GetFileResponse
+	2,  // 54: vmruntime.agent.v1.Agent.MountShare:output_type -> vmruntime.agent.v1.Empty
+	2,  // 55: vmruntime.agent.v1.Agent.CreateContainer:output_type -> vmruntime.agent.v1.Empty
+	18, // 56: vmruntime.agent.v1.Agent.StartContainer:output_type -> vmruntime.agent.v1.StartContainerResponse
+	2,  // 57: vmruntime.agent.v1.Agent.UpdateContainer:output_type -> vmruntime.agent.v1.Empty
+	2,  // 58: vmruntime.agent.v1.Agent.RemoveContainer:output_type -> vmruntime.agent.v1.Empty
+	23, // 59: vmruntime.agent.v1.Agent.Exec:output_type -> vmruntime.agent.v1.ExecResponse
+	2,  // 60: vmruntime.agent.v1.Agent.RemoveExec:output_type -> vmruntime.agent.v1.Empty
+	2,  // 61: vmruntime.agent.v1.Agent.Signal:output_type -> vmruntime.agent.v1.Empty
+	25, // 62: vmruntime.agent.v1.Agent.Wait:output_type -> vmruntime.agent.v1.ProcessState
+	27, // 63: vmruntime.agent.v1.Agent.ReadOutput:output_type -> vmruntime.agent.v1.ReadOutputResponse
+	30, // 64: vmruntime.agent.v1.Agent.WriteStdin:output_type -> vmruntime.agent.v1.WriteStdinResponse
+	2,  // 65: vmruntime.agent.v1.Agent.CloseStdin:output_type -> vmruntime.agent.v1.Empty
+	2,  // 66: vmruntime.agent.v1.Agent.ResizeTerminal:output_type -> vmruntime.agent.v1.Empty
+	33, // 67: vmruntime.agent.v1.Agent.List:output_type -> vmruntime.agent.v1.ListResponse
+	35, // 68: vmruntime.agent.v1.Agent.Stats:output_type -> vmruntime.agent.v1.StatsResponse
+	42, // 69: vmruntime.agent.v1.Agent.Dial:output_type -> vmruntime.agent.v1.DialResponse
+	44, // 70: vmruntime.agent.v1.Agent.ConnRead:output_type -> vmruntime.agent.v1.ConnReadResponse
+	2,  // 71: vmruntime.agent.v1.Agent.ConnWrite:output_type -> vmruntime.agent.v1.Empty
+	2,  // 72: vmruntime.agent.v1.Agent.ConnClose:output_type -> vmruntime.agent.v1.Empty
+	2,  // 73: vmruntime.agent.v1.Agent.Shutdown:output_type -> vmruntime.agent.v1.Empty
+	50, // [50:74] is the sub-list for method output_type
+	26, // [26:50] is the sub-list for method input_type
+	26, // [26:26] is the sub-list for extension type_name
+	26, // [26:26] is the sub-list for extension extendee
+	0,  // [0:26] is the sub-list for field type_name
 }
 
 func init() { file_agent_proto_init() }
@@ -3613,7 +3693,7 @@ func file_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_proto_rawDesc), len(file_agent_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   46,
+			NumMessages:   47,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

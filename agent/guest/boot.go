@@ -38,6 +38,14 @@ func Boot() error {
 	if err := prepareCgroups(); err != nil {
 		return err
 	}
+	if err := setLoopbackUp(); err != nil {
+		return err
+	}
+	// Process numbers are not used again soon.
+	return os.WriteFile("/proc/sys/kernel/pid_max", []byte("4194304"), 0)
+}
+
+func setLoopbackUp() error {
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
 		return fmt.Errorf("loopback device: %w", err)
@@ -45,8 +53,7 @@ func Boot() error {
 	if err := netlink.LinkSetUp(lo); err != nil {
 		return fmt.Errorf("loopback device: %w", err)
 	}
-	// Process numbers are not used again soon.
-	return os.WriteFile("/proc/sys/kernel/pid_max", []byte("4194304"), 0)
+	return nil
 }
 
 // leaveRootfs puts a mount of its own over the kernel's first one, from which pivot_root(2), and so crun,
@@ -154,8 +161,8 @@ func PowerOff(log *slog.Logger) {
 	log.Error("power off", "error", err)
 }
 
-// Pause is PID 1 of a pod's PID namespace. No signal from inside ends it, and its children, being ignored,
-// leave no zombies. It does not return.
+// Pause holds a pod's namespaces. It is PID 1 of its PID namespace, if it has one: no signal from inside ends it, and its
+// children, being ignored, leave no zombies. It does not return.
 func Pause() {
 	signal.Ignore()
 	for {

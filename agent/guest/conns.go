@@ -40,7 +40,11 @@ type guestConn struct {
 func (s *session) Dial(ctx context.Context, req *agentpb.DialRequest) (*agentpb.DialResponse, error) {
 	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()
-	c, err := dialGuest(ctx, req.Network, req.Address)
+	var c net.Conn
+	err := s.inPod(func() (err error) {
+		c, err = dialGuest(ctx, req.Network, req.Address)
+		return err
+	})
 	if err != nil {
 		return nil, fmt.Errorf("dial %s in the guest: %w: %w", req.Address, err, errdefs.ErrFailedPrecondition)
 	}

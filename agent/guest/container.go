@@ -220,8 +220,8 @@ func (s *Server) startContainer(ctx context.Context, c *container) error {
 		return err
 	}
 	s.loadTables(c.spec.Process)
-	user := c.spec.Process.User
-	st, err := c.main.openStreams(s.consolePath(), int(user.UID), int(user.GID))
+	uid, gid := s.owner(c.spec.Process.User.UID, c.spec.Process.User.GID)
+	st, err := c.main.openStreams(s.consolePath(), uid, gid)
 	if err != nil {
 		return err
 	}
@@ -237,7 +237,8 @@ func (s *Server) startContainer(ctx context.Context, c *container) error {
 	return err
 }
 
-// adjustSpec sets what only the guest knows. The pod's network, IPC and UTS namespaces are the guest's own.
+// adjustSpec sets what only the guest knows. The pod's network, IPC and UTS namespaces are the guest's own, or belong to the pod's
+// user namespace.
 func (s *Server) adjustSpec(c *container) error {
 	c.spec.Root = &specs.Root{Path: filepath.Join(c.dir, "rootfs"), Readonly: c.spec.Root != nil && c.spec.Root.Readonly}
 	c.spec.Hostname, c.spec.Domainname = "", ""
@@ -246,10 +247,13 @@ func (s *Server) adjustSpec(c *container) error {
 	var kept []specs.LinuxNamespace
 	for _, ns := range c.spec.Linux.Namespaces {
 		switch ns.Type {
-		case specs.PIDNamespace, specs.NetworkNamespace, specs.IPCNamespace, specs.UTSNamespace, specs.TimeNamespace:
+		case specs.PIDNamespace, specs.NetworkNamespace, specs.IPCNamespace, specs.UTSNamespace, specs.TimeNamespace, specs.UserNamespace:
 		default:
 			kept = append(kept, ns)
 		}
+	}
+	if ns := s.userns.Load(); ns != nil {
+		kept = append(kept, ns.namespaces()...)
 	}
 	pid, shared, err := s.pidNamespace(c)
 	if err != nil {

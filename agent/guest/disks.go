@@ -85,6 +85,8 @@ func poll(ctx context.Context, every time.Duration, ask func() (bool, error)) er
 
 // imageMounts mounts each EROFS disk once at each place, however many containers use it.
 type imageMounts struct {
+	mount func(dev, target string) error
+
 	mu   sync.Mutex
 	used map[string]*imageMount // by mount point
 }
@@ -111,11 +113,19 @@ func (m *imageMounts) acquire(ctx context.Context, target, disk string) error {
 	if err := os.MkdirAll(target, 0o755); err != nil {
 		return err
 	}
-	if err := unix.Mount(dev, target, "erofs", unix.MS_RDONLY|unix.MS_NODEV, ""); err != nil {
+	if err := m.mount(dev, target); err != nil {
 		return fmt.Errorf("mount EROFS of disk %q (%s) at %s: %w", disk, dev, target, err)
 	}
 	m.used[target] = &imageMount{disk: disk, users: 1}
 	return nil
+}
+
+// mountImage mounts an EROFS disk as the pod's containers are to see it.
+func (s *Server) mountImage(dev, target string) error {
+	if ns := s.userns.Load(); ns != nil {
+		return ns.mountImage(dev, target)
+	}
+	return unix.Mount(dev, target, "erofs", unix.MS_RDONLY|unix.MS_NODEV, "")
 }
 
 func (m *imageMounts) release(target string) error {

@@ -126,7 +126,8 @@ func (s *Server) startExec(ctx context.Context, c *container, p *process, spec *
 	if err := os.Mkdir(c.execCgroup(p.exec), 0o755); err != nil && !errors.Is(err, os.ErrExist) {
 		return err
 	}
-	st, err := p.openStreams(s.consolePath(), int(spec.User.UID), int(spec.User.GID))
+	uid, gid := s.owner(spec.User.UID, spec.User.GID)
+	st, err := p.openStreams(s.consolePath(), uid, gid)
 	if err != nil {
 		return err
 	}

@@ -40,7 +40,7 @@ func (s *Server) PutFiles(_ context.Context, req *agentpb.PutFilesRequest) (*age
 		return nil, err
 	}
 	defer root.Close()
-	t := &tree{root: root, name: path.Clean(req.Name), inPlace: req.InPlace}
+	t := &tree{root: root, name: path.Clean(req.Name), inPlace: req.InPlace, owner: s.owner}
 	if err := t.put(req.Entries); err != nil {
 		return nil, fmt.Errorf("put files %q: %w", req.Name, err)
 	}
@@ -52,6 +52,7 @@ type tree struct {
 	root    *os.Root
 	name    string
 	inPlace bool
+	owner   func(uid, gid uint32) (int, int)
 }
 
 func (t *tree) put(entries []*agentpb.FileEntry) error {
@@ -165,7 +166,8 @@ func (t *tree) write(at string, flag int, data []byte) error {
 
 // own sets owner and permissions.
 func (t *tree) own(at string, kind uint32, e *agentpb.FileEntry) error {
-	if err := t.root.Lchown(at, int(e.Uid), int(e.Gid)); err != nil {
+	uid, gid := t.owner(e.Uid, e.Gid)
+	if err := t.root.Lchown(at, uid, gid); err != nil {
 		return err
 	}
 	if kind == unix.S_IFLNK {

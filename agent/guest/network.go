@@ -59,11 +59,7 @@ func addNeighbor(n *agentpb.Neighbor) error {
 }
 
 func configureInterface(ctx context.Context, in *agentpb.Interface) error {
-	mac, err := net.ParseMAC(in.Mac)
-	if err != nil {
-		return fmt.Errorf("mac: %w: %w", err, errdefs.ErrInvalidArgument)
-	}
-	link, err := findLink(ctx, mac)
+	link, err := linkByMAC(ctx, in.Mac)
 	if err != nil {
 		return err
 	}
@@ -88,12 +84,16 @@ func configureInterface(ctx context.Context, in *agentpb.Interface) error {
 	return netlink.LinkSetUp(link)
 }
 
-// findLink waits for the device with the given hardware address.
-func findLink(ctx context.Context, mac net.HardwareAddr) (netlink.Link, error) {
+// linkByMAC waits for the device with the given hardware address.
+func linkByMAC(ctx context.Context, text string) (netlink.Link, error) {
+	mac, err := net.ParseMAC(text)
+	if err != nil {
+		return nil, fmt.Errorf("mac: %w: %w", err, errdefs.ErrInvalidArgument)
+	}
 	ctx, cancel := context.WithTimeout(ctx, linkTimeout)
 	defer cancel()
 	var found netlink.Link
-	err := poll(ctx, diskPoll, func() (bool, error) {
+	err = poll(ctx, diskPoll, func() (bool, error) {
 		links, err := netlink.LinkList()
 		for _, l := range links {
 			if bytes.Equal(l.Attrs().HardwareAddr, mac) {

@@ -33,8 +33,10 @@ func (s *Server) ConfigureSandbox(ctx context.Context, req *agentpb.ConfigureSan
 		{"scratch_disk", func() error { return s.mountScratch(ctx, req.ScratchDisk) }},
 		{"shm_size_bytes", func() error { return s.mountShm(req.ShmSizeBytes) }},
 		{"sandbox files", func() error { return s.writeSandboxFiles(req) }},
-		{"network", func() error { return configureNetwork(ctx, req) }},
-		{"sysctls", func() error { return setSysctls("/proc/sys", req.Sysctls) }},
+		{"users, groups", func() error { return s.startUserns(req) }},
+		{"owners of sandbox files", s.ownSandboxFiles},
+		{"network", func() error { return s.configurePodNetwork(ctx, req) }},
+		{"sysctls", func() error { return s.setPodSysctls(req.Sysctls) }},
 		{"pod_pid_namespace", func() error { return s.startPause(req.PodPidNamespace) }},
 	}
 	for _, step := range steps {
@@ -185,16 +187,7 @@ func (s *Server) startPause(want bool) error {
 	if !want || running {
 		return nil
 	}
-	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
-	if err != nil {
-		return err
-	}
-	defer null.Close()
-	files := []uintptr{null.Fd(), null.Fd(), null.Fd()}
-	sys := &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWPID}
-	pid, err := s.reaper.start([]string{"/proc/self/exe", "pause"}, files, sys, func(exit) {
-		s.work.Go(s.pauseEnded)
-	})
+	pid, err := s.startHolder(&syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWPID})
 	if err != nil {
 		return err
 	}
@@ -204,11 +197,24 @@ func (s *Server) startPause(want bool) error {
 	return nil
 }
 
+// startHolder starts a process that does nothing but hold namespaces.
+func (s *Server) startHolder(sys *syscall.SysProcAttr) (int, error) {
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return 0, err
+	}
+	defer null.Close()
+	files := []uintptr{null.Fd(), null.Fd(), null.Fd()}
+	return s.reaper.start([]string{"/proc/self/exe", "pause"}, files, sys, func(exit) {
+		s.work.Go(s.pauseEnded)
+	})
+}
+
 func (s *Server) pauseEnded() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.pausePID = 0
-	s.log.Warn("the holder of the pod's PID namespace has ended")
+	s.log.Warn("the holder of the pod's namespaces has ended")
 }
 
 // MountShare mounts the virtiofs device with the given tag, waiting for it to appear.

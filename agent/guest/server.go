@@ -69,6 +69,9 @@ type Server struct {
 	mu         sync.Mutex
 	containers map[string]*container
 	pausePID   int
+
+	// userns is set once, by ConfigureSandbox, if the pod has one.
+	userns atomic.Pointer[userns]
 }
 
 var _ agentpb.AgentService = (*session)(nil)
@@ -83,8 +86,8 @@ func New(opts Options) (*Server, error) {
 	}
 	s := &Server{
 		opts: opts, log: opts.Log, containers: make(map[string]*container),
-		images: imageMounts{used: make(map[string]*imageMount)},
 	}
+	s.images = imageMounts{mount: s.mountImage, used: make(map[string]*imageMount)}
 	for _, dir := range []string{"files", "shares", "images", "disks", "containers", "sandbox/shm", "scratch"} {
 		if err := os.MkdirAll(filepath.Join(opts.Root, dir), 0o755); err != nil {
 			return nil, err
@@ -155,15 +158,18 @@ func (s *Server) removeAll(ctx context.Context) error {
 	for id := range s.containers {
 		ids = append(ids, id)
 	}
-	pause := s.pausePID
+	holders := []int{s.pausePID}
 	s.mu.Unlock()
 	var errs []error
 	for _, id := range ids {
 		_, err := s.RemoveContainer(ctx, &agentpb.RemoveContainerRequest{Id: id})
 		errs = append(errs, err)
 	}
-	if pause != 0 {
-		_, err := s.reaper.kill(pause, syscall.SIGKILL)
+	if ns := s.userns.Load(); ns != nil {
+		holders = append(holders, ns.pid)
+	}
+	for _, pid := range holders {
+		_, err := s.reaper.kill(pid, syscall.SIGKILL)
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)

@@ -1,5 +1,5 @@
 // Command vmagent is PID 1 of a guest: it makes the machine ready and serves package agentpb's service on
-// the virtio-serial port. As "vmagent pause" it holds a pod's PID namespace, and as "modprobe -q -- ALIAS" it
+// the virtio-serial port. As "vmagent pause" it holds a pod's namespaces, and as "modprobe -q -- ALIAS" it
 // is what the kernel starts when it lacks a module. As "vmagent machine [PORT]" it is a daemon of a guest that
 // has booted an operating system of its own; PORT is a device file, by default that of the virtio-serial port.
 package main

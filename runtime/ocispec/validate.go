@@ -64,10 +64,7 @@ func validateNamespaces(ns *runtimeapi.NamespaceOption) []error {
 			errs = append(errs, invalid("namespace_options.%s is TARGET; only pid can be that", n.field))
 		}
 	}
-	if u := ns.GetUsernsOptions(); u != nil && u.GetMode() != runtimeapi.NamespaceMode_NODE {
-		errs = append(errs, invalid("namespace_options.userns_options.mode is %s: the VM separates the pod's users from the node's, and user namespaces inside it are not supported yet; set hostUsers to true", u.GetMode()))
-	}
-	return errs
+	return append(errs, validateUsers(ns.GetUsernsOptions())...)
 }
 
 // ValidateNames says whether a container has a name and an image. The error is ErrInvalidArgument.
@@ -104,6 +101,7 @@ func ValidateContainer(cfg *runtimeapi.ContainerConfig, sandbox *runtimeapi.PodS
 	errs = append(errs, validateSecurity(security(cfg), sandbox)...)
 	for i, m := range cfg.GetMounts() {
 		errs = append(errs, validateMount(i, m, security(cfg).GetPrivileged())...)
+		errs = append(errs, validateOwners(i, m, sandbox))
 	}
 	for i, d := range cfg.GetDevices() {
 		errs = append(errs, validateDevice(i, d))
@@ -118,6 +116,7 @@ func ValidateContainer(cfg *runtimeapi.ContainerConfig, sandbox *runtimeapi.PodS
 func validateSecurity(sc *runtimeapi.LinuxContainerSecurityContext, sandbox *runtimeapi.PodSandboxConfig) []error {
 	const prefix = "linux.security_context."
 	errs := validateNamespaces(sc.GetNamespaceOptions())
+	errs = append(errs, validateSameUsers(sc.GetNamespaceOptions().GetUsernsOptions(), sandbox))
 	if ns := sc.GetNamespaceOptions(); ns.GetPid() == runtimeapi.NamespaceMode_TARGET && ns.GetTargetId() == "" {
 		errs = append(errs, invalid("namespace_options.target_id is empty; with pid TARGET it must name a container"))
 	}

@@ -1,6 +1,7 @@
 package ocispec
 
 import (
+	"math"
 	"strings"
 	"testing"
 
@@ -40,7 +41,16 @@ func TestValidateSandbox(t *testing.T) {
 		{"pod pid", options(&runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_POD}), ""},
 		{"container pid", options(&runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_CONTAINER}), ""},
 		{"node users", options(&runtimeapi.NamespaceOption{UsernsOptions: &runtimeapi.UserNamespace{Mode: node}}), ""},
-		{"pod users", options(&runtimeapi.NamespaceOption{UsernsOptions: &runtimeapi.UserNamespace{Mode: runtimeapi.NamespaceMode_POD}}), "set hostUsers to true"},
+		{"pod users", options(podUsers(mapping(0, 1000, 65536))), ""},
+		{"pod users without mappings", options(podUsers()), "uids has 0 mappings"},
+		{"pod users with two mappings", options(podUsers(mapping(0, 1000, 10), mapping(10, 2000, 10))), "uids has 2 mappings"},
+		{"pod users not from 0", options(podUsers(mapping(1, 1000, 10))), "maps 10 IDs from 1 to 1000"},
+		{"pod users of none", options(podUsers(mapping(0, 1000, 0))), "at least one ID"},
+		{"pod users of too many", options(podUsers(mapping(0, math.MaxUint32-10, 10))), "to IDs below"},
+		{"node users with mappings", options(&runtimeapi.NamespaceOption{UsernsOptions: &runtimeapi.UserNamespace{
+			Mode: node, Uids: []*runtimeapi.IDMapping{mapping(0, 0, 1)},
+		}}), "mappings with mode NODE"},
+		{"container users", options(&runtimeapi.NamespaceOption{UsernsOptions: &runtimeapi.UserNamespace{Mode: runtimeapi.NamespaceMode_CONTAINER}}), "mode is CONTAINER"},
 		{"sysctls", func(c *runtimeapi.PodSandboxConfig) {
 			c.Linux.Sysctls = map[string]string{"net.ipv4.ip_forward": "1", "kernel.shm_rmid_forced": "1", "net/ipv4/conf/eth0.1/forwarding": "1"}
 		}, ""},

@@ -258,7 +258,7 @@ func TestRefused(t *testing.T) {
 		"ipc":     {func(o *runtimeapi.NamespaceOption) { o.Ipc = runtimeapi.NamespaceMode_NODE }, "hostIPC"},
 		"users": {func(o *runtimeapi.NamespaceOption) {
 			o.UsernsOptions = &runtimeapi.UserNamespace{Mode: runtimeapi.NamespaceMode_POD}
-		}, "hostUsers"},
+		}, "uids has 0 mappings"},
 	}
 	for name, tt := range sandboxes {
 		cfg := b.podConfig(t, func(cfg *runtimeapi.PodSandboxConfig) {
@@ -310,4 +310,31 @@ func TestRefused(t *testing.T) {
 	}
 	_, err = p.tryCreate(with(idle("no-image"), func(c *runtimeapi.ContainerConfig) { c.Image.Image = "vmruntime.test/no-such-image:1" }))
 	refused(t, err, codes.NotFound, "no-such-image")
+}
+
+// A user who is no root writes where a supplemental group may, as in volumes that the kubelet has given to the pod's fsGroup.
+func TestSupplementalGroups(t *testing.T) {
+	ctx, b := use(t)
+	dir := filepath.Join(t.TempDir(), "volume")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	chown(t, dir, 0, 2000, 0o770|os.ModeSetgid)
+	user := func(name string, groups ...int64) *runtimeapi.ContainerConfig {
+		return with(idle(name), func(c *runtimeapi.ContainerConfig) {
+			c.Mounts = []*runtimeapi.Mount{mount("/volume", dir)}
+			security(c).RunAsUser, security(c).SupplementalGroups = &runtimeapi.Int64Value{Value: 1000}, groups
+		})
+	}
+	p := b.vmPod(ctx, t)
+	member := p.start(user("member", 2000))
+	member.expect("cd /volume; echo mine > file; mkdir sub; mkfifo fifo; ln -s file link; mv file moved; stat -c %u:%g:%a moved sub", "1000:2000:644\n1000:2000:2755")
+	if got := owner(t, filepath.Join(dir, "moved")); got != "1000:2000" {
+		t.Errorf("the file is %s's on the node, want 1000:2000", got)
+	}
+	p.start(user("stranger")).expect("(touch /volume/file; cat /volume/moved) 2>&1 | grep -c denied", "2")
+
+	// One who is not of the group gets no set-group-ID program of it.
+	chown(t, dir, 0, 2000, 0o777|os.ModeSetgid)
+	p.start(user("other")).expect("cd /volume; cp /bin/busybox b; chmod 2755 b; stat -c %u:%g:%a b", "1000:2000:755")
 }
