@@ -48,3 +48,13 @@ func TestValidateContainerUsers(t *testing.T) {
 		})
 	}
 }
+
+// A machine has users of its own: the setting only takes rights away, and policies of clusters ask it of every pod.
+func TestMachineTakesPodUsers(t *testing.T) {
+	maps := []*runtimeapi.IDMapping{mapping(0, 1000, 65536)}
+	cfg := input().Config
+	cfg.Command, cfg.Args, cfg.WorkingDir = nil, nil, ""
+	cfg.Linux.SecurityContext.NamespaceOptions = podUsers(maps...)
+	cfg.Mounts = []*runtimeapi.Mount{{ContainerPath: "/x", HostPath: "/x", UidMappings: maps, GidMappings: maps}}
+	refused(t, ValidateMachine(cfg), "")
+}
