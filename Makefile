@@ -13,7 +13,7 @@ PACKAGES := ./...
 GUEST := out/guest
 GUEST_INPUTS := go.mod go.sum $(shell find deploy/guest cmd/vmagent agent -name '*.go' ! -name '*_test.go' 2>/dev/null)
 
-.PHONY: run run-machine test check build guest tools lint generate generate-check unit system critest bench install-deps clean help
+.PHONY: run run-machine test check build guest tools lint generate generate-check unit system critest critest-soak bench install-deps clean help
 
 run: install-deps build guest node-tools ## bring up a private node and run a normal pod and a VM pod (KEEP=1 leaves it up)
 	go run ./test/cmd/node $(if $(KEEP),-keep)
@@ -46,7 +46,7 @@ tools: ## containerd, runc, CNI plugins, critest and the linter at their pinned 
 
 .PHONY: node-tools
 node-tools:
-	go run ./test/tools/build containerd runc cni cri-tools
+	go run ./test/tools/build containerd runc cni cri-tools cri-ginkgo
 
 lint: ## vet, format, golangci-lint, and that arm64 compiles
 	go vet $(PACKAGES)
@@ -75,6 +75,9 @@ system: ## tests that need root, a node or a VM
 
 critest: build guest node-tools ## the CRI's conformance suite on containerd, the default handler and the handler vm
 	go run ./test/cmd/critest
+
+critest-soak: build guest node-tools ## the same three times on each of vmruntime's nodes, in parallel: nothing leaks (15 minutes)
+	go run ./test/cmd/critest -runs default,vm -rounds 3 -parallel 2 -out out/critest-soak
 
 bench: build guest node-tools ## measure, print a table and write out/bench.json
 	go run ./test/bench -o out/bench.json

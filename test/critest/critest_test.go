@@ -56,6 +56,35 @@ func TestJudge(t *testing.T) {
 	}
 }
 
+func TestJudgeSkipped(t *testing.T) {
+	skips, err := ReadSkips("a .* # a reason\nb .* # a reason\n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, test := range map[string]struct {
+		got  Results
+		want []string // parts of the error
+	}{
+		"all fail":        {Results{"a 1": Failed, "b 1": Failed, "other": Skipped}, nil},
+		"one passes":      {Results{"a 1": Failed, "a 2": Passed, "b 1": Failed}, []string{`a 2 passes; remove "a .*"`}},
+		"one was not run": {Results{"a 1": Failed, "b 1": Skipped}, []string{`of "b .*" no spec fails`}},
+		"nothing was run": {Results{"[BeforeSuite]": Failed}, []string{`of "a .*" no`, `of "b .*" no`}},
+	} {
+		err := JudgeSkipped(test.got, skips)
+		if (err == nil) != (test.want == nil) {
+			t.Errorf("%s: JudgeSkipped = %v, want %q", name, err, test.want)
+		}
+		for _, want := range test.want {
+			if err != nil && !strings.Contains(err.Error(), want) {
+				t.Errorf("%s: JudgeSkipped = %v, want %q", name, err, want)
+			}
+		}
+	}
+	if got := AnyOf(skips); got != "(a .*)|(b .*)" {
+		t.Errorf("AnyOf = %q", got)
+	}
+}
+
 func TestReadSkips(t *testing.T) {
 	_, err := ReadSkips("a b c\nx( # unbalanced\n")
 	for _, want := range []string{"line 1", "no reason", "line 2"} {

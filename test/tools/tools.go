@@ -1,5 +1,5 @@
 // Package tools builds the programs that the tests run against: containerd,
-// runc, the CNI plugins, crictl, critest and the linter.
+// runc, the CNI plugins, crictl, critest, ginkgo and the linter.
 //
 // Each set is its own Go module below this directory, so that its versions are
 // pinned by go.mod and go.sum and stay apart from the product's. A set is built
@@ -80,6 +80,12 @@ func Sets() []Set {
 				Old:  "sha256:9700f9a2f5bf2c45f2f605a0bd3bce7cf37420ec9d3ed50ac2758413308766bf",
 				New:  DigestImage,
 			},
+		},
+		{
+			Name: "cri-ginkgo", Module: "github.com/onsi/ginkgo/v2",
+			Packages: []string{"ginkgo"},
+			Flags:    []string{"-ldflags", "-s -w"},
+			Env:      []string{"CGO_ENABLED=0"},
 		},
 		{
 			Name: "golangci-lint", Module: "github.com/golangci/golangci-lint/v2",

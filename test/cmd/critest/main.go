@@ -1,6 +1,8 @@
 // Command critest runs the CRI's conformance suite on plain containerd, on
 // vmruntime's default handler and on its handler vm, at the same time, each on a
-// node of its own. It fails when one is not as it should be, or leaks.
+// node of its own. It fails when one is not as it should be, or leaks. With several
+// rounds the suite runs that often on the same node, and whatever a round leaves in
+// the daemon that the first did not is a leak too.
 package main
 
 import (
@@ -13,6 +15,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -32,13 +35,21 @@ const (
 
 type flags struct {
 	runs, focus, out, vmruntime, guest, skip string
+	parallel, rounds                         int
 	timeout                                  time.Duration
 }
 
+// outcome is what came of one run: its rounds, as far as it got, and what was wrong with it besides specs.
 type outcome struct {
+	rounds []round
+	err    error
+}
+
+type round struct {
 	results critest.Results
+	skipped critest.Results // of the specs of the skip list, run apart
 	took    time.Duration
-	err     error
+	usage   critest.Usage
 }
 
 func main() {
@@ -49,7 +60,9 @@ func main() {
 	flag.StringVar(&f.vmruntime, "vmruntime", "bin/vmruntime", "vmruntime's `program`")
 	flag.StringVar(&f.guest, "guest", "out/guest", "`directory` that make guest wrote")
 	flag.StringVar(&f.skip, "skip", "test/critest/skip-vm.txt", "skip list of the handler vm")
-	flag.DurationVar(&f.timeout, "timeout", 30*time.Minute, "for each run")
+	flag.IntVar(&f.parallel, "parallel", 1, "run specs in so many `processes` at the same time")
+	flag.IntVar(&f.rounds, "rounds", 1, "run the suite so many `times`, on the same node")
+	flag.DurationVar(&f.timeout, "timeout", 30*time.Minute, "for each round")
 	flag.Parse()
 	ctx, cancel := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer cancel()
@@ -90,33 +103,39 @@ func run(ctx context.Context, f flags) error {
 		o := &outcome{}
 		outcomes[name] = o
 		wg.Go(func() {
-			start := time.Now()
-			o.results, o.err = runOne(ctx, name, f, skips, registry)
-			o.took = time.Since(start)
+			o.rounds, o.err = runOne(ctx, name, f, skips, registry)
 		})
 	}
 	wg.Wait()
 	err = judge(f, outcomes, skips)
 	for _, name := range names {
-		fmt.Printf("critest %s took %s, see %s\n", name, outcomes[name].took.Round(time.Second), filepath.Join(f.out, name+".log"))
+		outcomes[name].print(name, filepath.Join(f.out, name+".log"))
 	}
 	for _, name := range names {
-		fmt.Println(outcomes[name].results.Summary(name))
+		for _, r := range outcomes[name].rounds {
+			fmt.Println(r.results.Summary(name))
+		}
 	}
 	return err
 }
 
-// runOne brings up a node, runs the suite, and fails when pods left something.
-func runOne(ctx context.Context, name string, f flags, skips []critest.Skip, registry http.Handler) (results critest.Results, err error) {
-	ctx, cancel := context.WithTimeout(ctx, f.timeout)
+// print tells how long each round took, against the first, and what the daemon had after it.
+func (o *outcome) print(name, log string) {
+	for i, r := range o.rounds {
+		fmt.Printf("critest %s, round %d took %s (ratio %.2f), see %s\n", name, i+1, r.took.Round(time.Second), float64(r.took)/float64(o.rounds[0].took), log)
+		if name != baseline {
+			fmt.Printf("  after it the daemon has %s\n", r.usage)
+		}
+	}
+}
+
+// runOne brings up a node and runs the suite, as often as asked.
+func runOne(ctx context.Context, name string, f flags, skips []critest.Skip, registry http.Handler) (rounds []round, err error) {
+	ctx, cancel := context.WithTimeout(ctx, time.Duration(f.rounds)*f.timeout)
 	defer cancel()
-	options := critest.Options{Focus: f.focus, Dir: filepath.Join(f.out, name)}
 	nodeOptions := node.Options{Registry: registry}
 	if name != baseline {
 		nodeOptions.VMRuntime, nodeOptions.GuestDir = f.vmruntime, f.guest
-	}
-	if name == vmHandler {
-		options.Handler, options.Skip = vmHandler, skips
 	}
 	if err := os.MkdirAll(f.out, 0o755); err != nil {
 		return nil, err
@@ -126,21 +145,52 @@ func runOne(ctx context.Context, name string, f flags, skips []critest.Skip, reg
 		return nil, err
 	}
 	defer log.Close()
-	options.Output = log
 	n, err := node.Start(ctx, nodeOptions)
 	if err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, n.SaveLogs(filepath.Join(f.out, name+"-node")), n.Stop()) }()
-	results, err = critest.Run(ctx, n, options)
+	options := critest.Options{Focus: f.focus, Parallel: f.parallel, Output: log}
+	if name == vmHandler {
+		options.Handler, options.Skip = vmHandler, skips
+	}
+	for i := range f.rounds {
+		options.Dir = filepath.Join(f.out, name, strconv.Itoa(i+1))
+		r, err := runRound(ctx, n, options)
+		rounds = append(rounds, r)
+		if err != nil {
+			return rounds, fmt.Errorf("round %d: %w", i+1, err)
+		}
+		if name != baseline {
+			rounds[i].usage, err = critest.Settle(ctx, n, rounds[0].usage)
+		}
+		if err != nil {
+			return rounds, fmt.Errorf("after round %d: %w", i+1, err)
+		}
+	}
+	return rounds, nil
+}
+
+// runRound runs the suite once, then the skipped specs, and fails when pods left something.
+func runRound(ctx context.Context, n *node.Node, o critest.Options) (r round, err error) {
+	start := time.Now()
+	r.results, err = critest.Run(ctx, n, o)
+	r.took = time.Since(start)
 	if err != nil {
-		return results, err
+		return r, err
+	}
+	if len(o.Skip) > 0 && o.Focus == "" {
+		apart := o
+		apart.Skip, apart.Focus, apart.Parallel, apart.Dir = nil, critest.AnyOf(o.Skip), 1, o.Dir+"-skipped"
+		if r.skipped, err = critest.Run(ctx, n, apart); err != nil {
+			return r, fmt.Errorf("specs of the skip list: %w", err)
+		}
 	}
 	leaks, err := n.Leaks(ctx)
 	if err == nil && len(leaks) > 0 {
 		err = fmt.Errorf("left behind:\n  %s", strings.Join(leaks, "\n  "))
 	}
-	return results, err
+	return r, err
 }
 
 // judge joins what is wrong with the outcomes.
@@ -150,23 +200,35 @@ func judge(f flags, outcomes map[string]*outcome, skips []critest.Skip) error {
 		if o.err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", name, o.err))
 		}
-		if failed := o.results.Count(critest.Failed); failed > 0 || len(o.results) == 0 {
-			errs = append(errs, fmt.Errorf("%s: %d of %d specs failed", name, failed, len(o.results)))
+		for i, r := range o.rounds {
+			if err := r.judge(f, name, outcomes[baseline], i, skips); err != nil {
+				errs = append(errs, fmt.Errorf("%s, round %d: %w", name, i+1, err))
+			}
 		}
 	}
-	base, haveBase := outcomes[baseline]
-	if f.focus != "" || !haveBase {
+	return errors.Join(errs...)
+}
+
+// judge joins what is wrong with round i of a run. Without the base line's there is nothing to compare.
+func (r round) judge(f flags, name string, base *outcome, i int, skips []critest.Skip) error {
+	if failed := r.results.Count(critest.Failed); failed > 0 || len(r.results) == 0 {
+		return fmt.Errorf("%d of %d specs failed", failed, len(r.results))
+	}
+	if f.focus != "" {
+		return nil
+	}
+	var errs []error
+	if name == vmHandler {
+		errs = append(errs, critest.JudgeSkipped(r.skipped, skips))
+	}
+	if base == nil || i >= len(base.rounds) {
 		return errors.Join(errs...)
 	}
-	if o, ok := outcomes[defaultHandler]; ok {
-		if err := critest.Compare(base.results, o.results); err != nil {
-			errs = append(errs, fmt.Errorf("%s is not as %s:\n%w", defaultHandler, baseline, err))
-		}
-	}
-	if o, ok := outcomes[vmHandler]; ok {
-		if err := critest.Judge(base.results, o.results, skips); err != nil {
-			errs = append(errs, fmt.Errorf("%s:\n%w", vmHandler, err))
-		}
+	switch name {
+	case defaultHandler:
+		errs = append(errs, critest.Compare(base.rounds[i].results, r.results))
+	case vmHandler:
+		errs = append(errs, critest.Judge(base.rounds[i].results, r.results, skips))
 	}
 	return errors.Join(errs...)
 }
