@@ -41,6 +41,7 @@ func main() {
 	flag.IntVar(&o.sharing, "sharing", 10, "machines of one image whose disk and memory is measured")
 	flag.IntVar(&o.fio, "fio", 3, "repetitions of fio in a machine")
 	flag.IntVar(&o.downloads, "downloads", 5, "repetitions of a download from a machine")
+	flag.IntVar(&o.critest, "critest", 5, "repetitions of critest's benchmarks, in each of two rounds")
 	flag.StringVar(&o.only, "only", "", "measure only what has this in its name")
 	flag.Parse()
 	ctx, cancel := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
@@ -55,7 +56,7 @@ func main() {
 type options struct {
 	out, vmruntime, guest, accel                   string
 	starts, calls, containers, lists, idle, stored int
-	machines, sharing, fio, downloads              int
+	machines, sharing, fio, downloads, critest     int
 	only                                           string
 }
 
@@ -63,7 +64,7 @@ func (o *options) check() error {
 	for _, n := range []struct {
 		flag  string
 		value int
-	}{{"starts", o.starts}, {"calls", o.calls}, {"containers", o.containers}, {"lists", o.lists}, {"idle", o.idle}, {"stored", o.stored}, {"machines", o.machines}, {"sharing", o.sharing}, {"fio", o.fio}, {"downloads", o.downloads}} {
+	}{{"starts", o.starts}, {"calls", o.calls}, {"containers", o.containers}, {"lists", o.lists}, {"idle", o.idle}, {"stored", o.stored}, {"machines", o.machines}, {"sharing", o.sharing}, {"fio", o.fio}, {"downloads", o.downloads}, {"critest", o.critest}} {
 		if n.value < 1 {
 			return fmt.Errorf("-%s is %d; it has to be at least 1", n.flag, n.value)
 		}
@@ -131,6 +132,7 @@ func (b *bench) measure(ctx context.Context) (err error) {
 		{"delegated calls", b.delegatedCalls},
 		{"memory of idle VM pods", b.idleMemory},
 		{"lists of stored VM pods", b.storedPods},
+		{"critest's benchmarks", b.criBenchmarks},
 		{"boots of machines", b.machineBoots},
 		{"machines of one image", b.sharedImage},
 		{"disks and networks of machines", b.machineIO},
