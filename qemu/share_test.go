@@ -271,6 +271,26 @@ func removesEntries(t *testing.T, server *ShareServer, root, plain string) {
 	}
 }
 
+// TestShareUsers holds that virtiofsd knows the node's IDs by those of the guest, and is nobody on the node.
+func TestShareUsers(t *testing.T) {
+	server := startShare(t, func(s *ShareSpec) {
+		s.Users, s.Groups = IDRange{First: 5000, Count: 100}, IDRange{First: 6000, Count: 200}
+	})
+	proc := fmt.Sprintf("/proc/%d/", server.Record().PID)
+	for file, want := range map[string][]string{
+		"uid_map": {"0", "4294967294", "1", "5000", "0", "100"}, "gid_map": {"0", "4294967294", "1", "6000", "0", "200"},
+	} {
+		if diff := cmp.Diff(want, strings.Fields(content(proc+file))); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", file, diff)
+		}
+	}
+	for _, want := range []string{"\nUid:\t4294967294\t", "\nGid:\t4294967294\t"} {
+		if status := content(proc + "status"); !strings.Contains(status, want) {
+			t.Errorf("no %q in\n%s", want, status)
+		}
+	}
+}
+
 // TestShareIsKept holds that virtiofsd does not come to be when nobody could find it again.
 func TestShareIsKept(t *testing.T) {
 	s := ShareSpec{Binary: virtiofsd(t), Launcher: launcher(), RunDir: runDir(t)}

@@ -12,6 +12,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/vmruntime/vmruntime/agent/agentpb"
 )
 
 // Many processes that end at once, before and after they are watched, are each reported once with their
@@ -74,6 +76,23 @@ func TestCrunError(t *testing.T) {
 	}
 	if got := crunError(log+"none", 126); got != "exit status 126" {
 		t.Errorf("%q", got)
+	}
+}
+
+// What a user namespace lacks becomes an ID that is nobody's in it.
+func TestOwner(t *testing.T) {
+	s := &Server{}
+	if uid, gid := s.owner(7, 8); uid != 7 || gid != 8 {
+		t.Errorf("without a user namespace 7:8 is %d:%d", uid, gid)
+	}
+	s.userns.Store(&userns{users: &agentpb.IDRange{First: 1000, Count: 10}, groups: &agentpb.IDRange{First: 2000, Count: 20}})
+	for _, c := range []struct {
+		uid, gid         uint32
+		wantUID, wantGID int
+	}{{0, 0, 1000, 2000}, {9, 19, 1009, 2019}, {10, 20, 1010, 2020}, {1 << 31, 1<<32 - 1, 1010, 2020}} {
+		if uid, gid := s.owner(c.uid, c.gid); uid != c.wantUID || gid != c.wantGID {
+			t.Errorf("%d:%d is %d:%d in the guest, want %d:%d", c.uid, c.gid, uid, gid, c.wantUID, c.wantGID)
+		}
 	}
 }
 

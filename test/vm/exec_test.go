@@ -250,19 +250,7 @@ func TestPortForward(t *testing.T) {
 	if out, err := b.fetch(ctx, "http://"+hostPort(p.ip(), 8080)+"/"); err == nil {
 		t.Errorf("the pod's address answers %q on a port of its loopback address", out)
 	}
-	cmd := p.crictl("port-forward", p.id, "18080:8080")
-	var said bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &said, &said
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		_ = cmd.Process.Kill() // by its ID: it serves until then
-		_ = cmd.Wait()
-		if t.Failed() {
-			t.Logf("crictl port-forward says:\n%s", &said)
-		}
-	}()
+	p.forward("18080:8080")
 	want := "hello from " + p.cfg.GetHostname() + "\n"
 	p.until("the forwarded port answers", func() bool {
 		out, err := b.fetch(ctx, "http://127.0.0.1:18080/")
@@ -272,4 +260,22 @@ func TestPortForward(t *testing.T) {
 	if got, err := b.post(ctx, "http://127.0.0.1:18080/echo", body); err != nil || got != body {
 		t.Errorf("%d bytes to /echo come back as %d, %v", len(body), len(got), err)
 	}
+}
+
+// forward has crictl forward a port of the node's loopback address until the test ends.
+func (p *pod) forward(ports string) {
+	p.t.Helper()
+	cmd := p.crictl("port-forward", p.id, ports)
+	var said bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &said, &said
+	if err := cmd.Start(); err != nil {
+		p.t.Fatal(err)
+	}
+	p.t.Cleanup(func() {
+		_ = cmd.Process.Kill() // by its ID: it serves until then
+		_ = cmd.Wait()
+		if p.t.Failed() {
+			p.t.Logf("crictl port-forward says:\n%s", &said)
+		}
+	})
 }

@@ -93,6 +93,11 @@ func TestUserNamespace(t *testing.T) {
 		page, err := b.fetch(ctx, "http://"+hostPort(p.ip(), 80)+"/")
 		return err == nil && page == "nginx\n"
 	})
+	p.forward("18081:80")
+	p.until("nginx answers at a forwarded port", func() bool {
+		page, err := b.fetch(ctx, "http://127.0.0.1:18081/")
+		return err == nil && page == "nginx\n"
+	})
 	terminal := inUsers(with(shell("terminal", "stat -L -c %u:%g /proc/self/fd/0"), func(c *runtimeapi.ContainerConfig) { c.Tty = true }))
 	if got := strings.TrimSpace(p.output(terminal)); got != "0:5" {
 		t.Errorf("the terminal is %q's, want 0:5", got)
