@@ -3,6 +3,7 @@ package runtime
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/url"
@@ -16,6 +17,7 @@ import (
 type streamServer struct {
 	streaming.Server
 	http  *http.Server
+	log   *slog.Logger
 	owned sync.WaitGroup
 }
 
@@ -32,7 +34,8 @@ func (rt *Runtime) serveStreams(address string) (*streamServer, error) {
 	if err != nil {
 		return nil, errors.Join(err, l.Close())
 	}
-	s := &streamServer{Server: server, http: &http.Server{Handler: server, ReadHeaderTimeout: time.Minute}}
+	s := &streamServer{Server: server, http: &http.Server{Addr: cfg.Addr, ReadHeaderTimeout: time.Minute}, log: rt.log}
+	s.http.Handler = s
 	s.owned.Go(func() {
 		if err := s.http.Serve(l); !errors.Is(err, http.ErrServerClosed) {
 			rt.log.Error("serving streams", "error", err)

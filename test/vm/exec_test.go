@@ -279,3 +279,46 @@ func (p *pod) forward(ports string) {
 		}
 	})
 }
+
+// Clients that speak WebSockets get the same as those that speak SPDY: all of the input to its end, both outputs, the exit code, a
+// terminal's size; a client that goes away leaves nothing.
+func TestWebSockets(t *testing.T) {
+	ctx, b := use(t)
+	p := b.vmPod(ctx, t)
+	c := p.start(idle("c"))
+	data := bytes.Repeat([]byte("0123456789abcdef"), 1<<16) // 1 MiB
+	cmd := p.crictl("exec", "--transport", "websocket", "-i", c.id, "sh", "-c", "tee /tmp/in | sha256sum; echo problem >&2; exit 7")
+	var stdout, stderr bytes.Buffer
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(data), &stdout, &stderr
+	err := cmd.Run()
+	sum := sha256.Sum256(data)
+	if err == nil || stdout.String() != hex.EncodeToString(sum[:])+"  -\n" || !strings.HasPrefix(stderr.String(), "problem\n") || !strings.Contains(stderr.String(), "exit code 7") {
+		t.Errorf("1 MiB of standard input: %v, stdout %q, stderr %q", err, &stdout, &stderr)
+	}
+	if out, err := p.crictl("exec", "--transport", "websocket", c.id, "cat", "/tmp/in").Output(); err != nil || !bytes.Equal(out, data) {
+		t.Errorf("1 MiB of standard output comes back as %d bytes, %v", len(out), err)
+	}
+
+	reader := p.start(with(shell("reader", "read line; echo got $line"), func(c *runtimeapi.ContainerConfig) { c.Stdin = true }))
+	attach := p.crictl("attach", "--transport", "websocket", "-i", reader.id)
+	attach.Stdin = strings.NewReader("a line\n")
+	if out, err := attach.Output(); err != nil || string(out) != "got a line\n" {
+		t.Errorf("attached, the container says %q, %v, want what it read", out, err)
+	}
+
+	terminal := p.crictl("exec", "--transport", "websocket", "-i", "-t", c.id, "sh", "-c", "stty size; sleep 1234")
+	master, err := pty.StartWithSize(terminal, &pty.Winsize{Rows: 33, Cols: 101})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer master.Close()
+	screen := newScreen(master)
+	defer screen.close()
+	until(ctx, t, "the terminal has the client's size", func() bool { return strings.Contains(screen.text(), "33 101") })
+	c.until("the command runs", func() bool { return c.sh("pgrep -f '^sleep 1234' || true") != "" })
+	if err := terminal.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = terminal.Wait()
+	c.until("the command of a client that is gone has ended", func() bool { return c.sh("pgrep -f '^sleep 1234' || true") == "" })
+}
