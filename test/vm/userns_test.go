@@ -175,6 +175,19 @@ func TestUserNamespaceVolumes(t *testing.T) {
 		t.Errorf("the termination log has %q, want what the container wrote", got)
 	}
 
+	// The mapping is the share's and the guest's: it outlives the daemon, and a new guest gets it again.
+	vm := p.verboseInfo().Guest.QEMU.PID
+	b.crash(t)
+	if err := b.StartVMRuntime(ctx); err != nil {
+		t.Fatal(err)
+	}
+	later := p.start(inUsers(with(idle("later"), mounts)))
+	later.expect("touch /empty/later; stat -c %u:%g /empty/later /empty/dir", "0:0\n1234:5678")
+	kill(t, vm)
+	later.wait()
+	again := p.start(inUsers(with(idle("again"), mounts)))
+	again.expect("cat /proc/self/uid_map | tr -s ' '; stat -c %u:%g /empty/later /empty/dir /config/new", " 0 131072 65536\n0:0\n1234:5678\n0:2000")
+
 	_, err := p.tryCreate(with(inUsers(idle("unmapped")), mounts))
 	refused(t, err, codes.InvalidArgument, "mounts[0]", "uid_mappings")
 	_, err = p.tryCreate(idle("other-users"))
