@@ -13,13 +13,19 @@ PACKAGES := ./...
 GUEST := out/guest
 GUEST_INPUTS := go.mod go.sum $(shell find deploy/guest cmd/vmagent agent -name '*.go' ! -name '*_test.go' 2>/dev/null)
 
-.PHONY: run run-machine test check build guest tools lint generate generate-check unit system critest critest-soak bench install-deps clean help
+.PHONY: run run-machine cluster cluster-down test check build guest tools lint generate generate-check unit system critest critest-soak bench install-deps clean help
 
 run: install-deps build guest node-tools ## bring up a private node and run a normal pod and a VM pod (KEEP=1 leaves it up)
 	go run ./test/cmd/node $(if $(KEEP),-keep)
 
 run-machine: install-deps build guest node-tools ## bring up a private node and boot Debian from a disk as a pod (KEEP=1 leaves it up)
 	go run ./test/cmd/node -machine $(if $(KEEP),-keep)
+
+cluster: install-deps build guest cluster-tools ## bring up a Kubernetes of one node on vmruntime, in the background
+	go run ./test/cmd/cluster up
+
+cluster-down: ## take it down
+	go run ./test/cmd/cluster down
 
 test: install-deps ## everything: lint, unit, golden, node, VM and critest (root, under 40 minutes)
 	$(MAKE) build guest tools
@@ -41,12 +47,16 @@ $(GUEST)/manifest.json: $(GUEST_INPUTS)
 	go run ./deploy/guest -o $(GUEST)
 	@touch $@
 
-tools: ## containerd, runc, CNI plugins, critest and the linter at their pinned versions, in the cache
-	go run ./test/tools/build
+tools: node-tools cluster-tools ## containerd, runc, CNI plugins, critest, a Kubernetes and the linter at their pinned versions, in the cache
+	go run ./test/tools/build golangci-lint
 
 .PHONY: node-tools
 node-tools:
 	go run ./test/tools/build containerd runc cni cri-tools cri-ginkgo
+
+.PHONY: cluster-tools
+cluster-tools: node-tools
+	go run ./test/tools/build etcd kubernetes coredns
 
 lint: ## vet, format, golangci-lint, and that arm64 compiles
 	go vet $(PACKAGES)

@@ -59,6 +59,10 @@ func Handler() (http.Handler, error) {
 	if err != nil {
 		return nil, err
 	}
+	return handlerOf(all)
+}
+
+func handlerOf(all map[string]v1.Image) (http.Handler, error) {
 	h := newDiskRegistry()
 	for _, ref := range slices.Sorted(maps.Keys(all)) {
 		tag, err := name.NewTag(ref)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"slices"
 	"syscall"
 	"time"
 
@@ -14,23 +15,23 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// daemon is a process of the node. The nil daemon is one that never started.
-type daemon struct {
+// Daemon is a process of the node. The nil daemon is one that never started.
+type Daemon struct {
 	name string
 	log  string
 	cmd  *exec.Cmd
 	done chan struct{} // closed when the process has ended and was waited for
 }
 
-// startDaemon starts a program in the node's network namespace; what it prints
-// is appended to its log file.
-func (n *Node) startDaemon(name, program string, args ...string) (*daemon, error) {
+// StartDaemon starts a program in the node's network namespace; what it prints
+// is appended to its log file. Whoever starts it stops it before the node.
+func (n *Node) StartDaemon(name, program string, args ...string) (*Daemon, error) {
 	log, err := os.OpenFile(n.LogFile(name), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
 		return nil, err
 	}
 	defer log.Close()
-	d := &daemon{name: name, log: log.Name(), done: make(chan struct{})}
+	d := &Daemon{name: name, log: log.Name(), done: make(chan struct{})}
 	d.cmd = n.Command(context.Background(), program, args...)
 	d.cmd.Stdout, d.cmd.Stderr = log, log
 	d.cmd.Dir = n.Root
@@ -40,6 +41,7 @@ func (n *Node) startDaemon(name, program string, args ...string) (*daemon, error
 	if err := d.cmd.Start(); err != nil {
 		return nil, fmt.Errorf("start %s: %w", name, err)
 	}
+	n.daemons = append(slices.DeleteFunc(n.daemons, func(d *Daemon) bool { return !d.Running() }), d)
 	go func() {
 		_ = d.cmd.Wait() // the state says how it ended
 		close(d.done)
@@ -47,7 +49,8 @@ func (n *Node) startDaemon(name, program string, args ...string) (*daemon, error
 	return d, nil
 }
 
-func (d *daemon) running() bool {
+// Running tells whether the daemon has not ended.
+func (d *Daemon) Running() bool {
 	if d == nil {
 		return false
 	}
@@ -59,8 +62,8 @@ func (d *daemon) running() bool {
 	}
 }
 
-func (d *daemon) pid() int {
-	if !d.running() {
+func (d *Daemon) pid() int {
+	if !d.Running() {
 		return 0
 	}
 	return d.cmd.Process.Pid
@@ -69,8 +72,10 @@ func (d *daemon) pid() int {
 // daemonStopTimeout is how long a daemon may take to end after SIGTERM.
 const daemonStopTimeout = 20 * time.Second
 
-func (d *daemon) stop() error {
-	if !d.running() {
+// Stop ends the daemon with SIGTERM. One that does not heed it is killed, which
+// is an error.
+func (d *Daemon) Stop() error {
+	if !d.Running() {
 		return nil
 	}
 	if err := d.cmd.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
@@ -81,11 +86,12 @@ func (d *daemon) stop() error {
 		return nil
 	case <-time.After(daemonStopTimeout):
 	}
-	return errors.Join(fmt.Errorf("%s did not end within %s of SIGTERM, see %s", d.name, daemonStopTimeout, d.log), d.kill())
+	return errors.Join(fmt.Errorf("%s did not end within %s of SIGTERM, see %s", d.name, daemonStopTimeout, d.log), d.Kill())
 }
 
-func (d *daemon) kill() error {
-	if !d.running() {
+// Kill ends the daemon with SIGKILL.
+func (d *Daemon) Kill() error {
+	if !d.Running() {
 		return nil
 	}
 	if err := d.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
@@ -99,7 +105,7 @@ func (d *daemon) kill() error {
 const readyTimeout = 60 * time.Second
 
 // await returns when the daemon's CRI answers and its network is ready.
-func (n *Node) await(ctx context.Context, d *daemon, socket string) error {
+func (n *Node) await(ctx context.Context, d *Daemon, socket string) error {
 	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
 	defer cancel()
 	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
@@ -144,3 +150,6 @@ func tail(file string) string {
 	}
 	return string(data[max(0, len(data)-4000):])
 }
+
+// Tail is the end of what the daemon printed.
+func (d *Daemon) Tail() string { return tail(d.log) }

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
@@ -66,8 +67,16 @@ func (n *Node) resources(ctx context.Context) (resources, error) {
 		r.addFiles("run directory", n.path("run", "s", "pods")),
 		r.addFiles("network namespace", n.path("run", "s", "netns")),
 		r.addDescriptors(n.VMRuntimePID(), n.Root),
-		r.addProcesses(n.Root, n.containerd.pid(), n.VMRuntimePID()),
+		r.addProcesses(n.Root, n.daemonPIDs()...),
 	)
+}
+
+func (n *Node) daemonPIDs() []int {
+	var pids []int
+	for _, d := range n.daemons {
+		pids = append(pids, d.pid())
+	}
+	return pids
 }
 
 // addLinks adds the node's network links but the bridge, which CNI keeps.
@@ -104,20 +113,37 @@ func (r resources) addCgroups(n *Node) error {
 		return err
 	}
 	for _, h := range append(hierarchies, "/sys/fs/cgroup") {
-		own := filepath.Join(h, n.CgroupParent())
-		for _, parent := range []string{own, h, filepath.Join(h, "k8s.io")} {
+		for _, dir := range n.ownCgroups(h)[1:] {
+			r["cgroup "+dir] = true
+		}
+		for _, parent := range []string{h, filepath.Join(h, "k8s.io")} {
 			entries, err := os.ReadDir(parent)
 			if err != nil {
 				continue // not a hierarchy, or nothing there
 			}
 			for _, e := range entries {
-				if e.IsDir() && (parent == own || n.hasContainer(e.Name()) || n.hadPod(e.Name())) {
+				if e.IsDir() && (n.hasContainer(e.Name()) || n.hadPod(e.Name())) {
 					r["cgroup "+filepath.Join(parent, e.Name())] = true
 				}
 			}
 		}
 	}
 	return nil
+}
+
+// ownCgroups are the node's own parent in a hierarchy and what is below it, each
+// after its parent; the first is there always, also if the hierarchy is none.
+func (n *Node) ownCgroups(hierarchy string) []string {
+	dirs := []string{filepath.Join(hierarchy, n.CgroupParent())}
+	for i := 0; i < len(dirs); i++ {
+		entries, _ := os.ReadDir(dirs[i]) // what has gone has nothing below it
+		for _, e := range entries {
+			if e.IsDir() {
+				dirs = append(dirs, filepath.Join(dirs[i], e.Name()))
+			}
+		}
+	}
+	return dirs
 }
 
 // hasContainer tells whether containerd's CRI has the container or sandbox:
@@ -142,17 +168,19 @@ func (n *Node) hadPod(cgroup string) bool {
 	return err == nil && strings.Contains(string(log), id)
 }
 
-// removeCgroups removes the node's own parent, which is empty when all pods
-// are gone.
+// removeCgroups removes the node's own parent, which has no process when all
+// pods are gone.
 func (n *Node) removeCgroups() error {
-	dirs, err := filepath.Glob("/sys/fs/cgroup/*" + n.CgroupParent())
+	hierarchies, err := filepath.Glob("/sys/fs/cgroup/*")
 	if err != nil {
 		return err
 	}
 	var errs []error
-	for _, dir := range append(dirs, "/sys/fs/cgroup"+n.CgroupParent()) {
-		if err := os.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			errs = append(errs, err)
+	for _, h := range append(hierarchies, "/sys/fs/cgroup") {
+		for _, dir := range slices.Backward(n.ownCgroups(h)) {
+			if err := os.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, syscall.ENOTDIR) {
+				errs = append(errs, err)
+			}
 		}
 	}
 	return errors.Join(errs...)

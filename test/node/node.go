@@ -47,8 +47,9 @@ type Node struct {
 	Root string
 
 	options    Options
-	containerd *daemon
-	vmruntime  *daemon
+	containerd *Daemon
+	vmruntime  *Daemon
+	daemons    []*Daemon // all that run, and some that have ended
 	netns      *netns
 	registry   *registryServer
 	crictl     string
@@ -102,8 +103,14 @@ func Start(ctx context.Context, o Options) (n *Node, err error) {
 			return n, err
 		}
 	}
+	return n, n.SetBaseline(ctx)
+}
+
+// SetBaseline has Leaks compare with what is there now. It is for those who add
+// to the node what is no pod's.
+func (n *Node) SetBaseline(ctx context.Context) (err error) {
 	n.baseline, err = n.resources(ctx)
-	return n, err
+	return err
 }
 
 func (n *Node) makeRoot() error {
@@ -166,6 +173,10 @@ func (n *Node) Command(ctx context.Context, name string, args ...string) *exec.C
 	return exec.CommandContext(ctx, "nsenter", append([]string{"--net=" + n.netns.path, "--", name}, args...)...)
 }
 
+// Do runs f on a thread that is in the node's network namespace, for what f does
+// itself, not in other goroutines.
+func (n *Node) Do(f func() error) error { return n.netns.do(f) }
+
 // Crictl runs crictl against Socket and returns its standard output.
 func (n *Node) Crictl(ctx context.Context, args ...string) (string, error) {
 	cmd := n.Command(ctx, n.crictl, append(n.CrictlFlags(), args...)...)
@@ -188,7 +199,7 @@ func (n *Node) CrictlFlags() []string {
 // StartContainerd starts containerd after Start or StopContainerd.
 func (n *Node) StartContainerd(ctx context.Context) error {
 	var err error
-	n.containerd, err = n.startDaemon("containerd", n.Tool("containerd", "containerd"), "--config", n.path("containerd", "config.toml"))
+	n.containerd, err = n.StartDaemon("containerd", n.Tool("containerd", "containerd"), "--config", n.path("containerd", "config.toml"))
 	if err != nil {
 		return err
 	}
@@ -196,12 +207,12 @@ func (n *Node) StartContainerd(ctx context.Context) error {
 }
 
 // StopContainerd ends containerd. Its containers go on.
-func (n *Node) StopContainerd() error { return n.containerd.stop() }
+func (n *Node) StopContainerd() error { return n.containerd.Stop() }
 
 // StartVMRuntime starts vmruntime after Start, StopVMRuntime or KillVMRuntime.
 func (n *Node) StartVMRuntime(ctx context.Context) error {
 	var err error
-	n.vmruntime, err = n.startDaemon("vmruntime", n.options.VMRuntime, "serve", "--config", n.path("vmruntime", "vmruntime.toml"))
+	n.vmruntime, err = n.StartDaemon("vmruntime", n.options.VMRuntime, "serve", "--config", n.path("vmruntime", "vmruntime.toml"))
 	if err != nil {
 		return err
 	}
@@ -209,10 +220,10 @@ func (n *Node) StartVMRuntime(ctx context.Context) error {
 }
 
 // StopVMRuntime ends vmruntime with SIGTERM. VM pods go on.
-func (n *Node) StopVMRuntime() error { return n.vmruntime.stop() }
+func (n *Node) StopVMRuntime() error { return n.vmruntime.Stop() }
 
 // KillVMRuntime ends vmruntime with SIGKILL. VM pods go on.
-func (n *Node) KillVMRuntime() error { return n.vmruntime.kill() }
+func (n *Node) KillVMRuntime() error { return n.vmruntime.Kill() }
 
 // VMRuntimePID is vmruntime's process ID, 0 when it does not run.
 func (n *Node) VMRuntimePID() int { return n.vmruntime.pid() }
@@ -226,10 +237,10 @@ func (n *Node) Stop() error {
 	ctx, cancel := context.WithTimeout(context.Background(), stopTimeout)
 	defer cancel()
 	var errs []error
-	if n.containerd.running() {
+	if n.containerd.Running() {
 		errs = append(errs, n.removePods(ctx))
 	}
-	errs = append(errs, n.vmruntime.stop(), n.containerd.stop(), n.registry.close())
+	errs = append(errs, n.vmruntime.Stop(), n.containerd.Stop(), n.registry.close())
 	if n.netns != nil {
 		errs = append(errs, n.survivors(), n.removeCgroups(), n.netns.remove())
 	}
@@ -240,7 +251,7 @@ func (n *Node) Stop() error {
 }
 
 func (n *Node) removePods(ctx context.Context) error {
-	if n.options.VMRuntime != "" && !n.vmruntime.running() {
+	if n.options.VMRuntime != "" && !n.vmruntime.Running() {
 		if err := n.StartVMRuntime(ctx); err != nil {
 			return fmt.Errorf("start vmruntime to remove its pods: %w", err)
 		}

@@ -8,6 +8,7 @@
 package tools
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -30,9 +31,10 @@ const DigestImage = "sha256:46f41ab0e3cc7b9017d83d241c59e8be7a5f5ed905ad8f03d5dd
 
 // Set is one module's programs.
 type Set struct {
-	Name     string   // directory of the tool module
+	Name     string   // directory of the tool module, unless Source names it
+	Source   string   `json:",omitempty"` // directory of the tool module that the set shares with another; "" for Name
 	Module   string   // the module that gives the set its version
-	Packages []string // main packages, relative to Module
+	Packages []string // main packages, relative to Module, or "./" for the tool module's own
 	Flags    []string // flags of go build; $VERSION is replaced
 	Env      []string // additions to the environment, KEY=value
 	// Test names a package that is built as a test program (go test -c),
@@ -45,6 +47,9 @@ type Set struct {
 // Patch says what to replace in a source file of the module. The file in the
 // module cache stays as it is.
 type Patch struct{ File, Old, New string }
+
+// kubernetesVersion makes Kubernetes' programs know which version they are: clients compare.
+const kubernetesVersion = "-s -w -X k8s.io/component-base/version.gitVersion=$VERSION -X k8s.io/client-go/pkg/version.gitVersion=$VERSION"
 
 // Sets lists every set, in the order in which they are built.
 func Sets() []Set {
@@ -86,6 +91,33 @@ func Sets() []Set {
 			Packages: []string{"ginkgo"},
 			Flags:    []string{"-ldflags", "-s -w"},
 			Env:      []string{"CGO_ENABLED=0"},
+		},
+		{
+			Name: "etcd", Module: "go.etcd.io/etcd/server/v3",
+			Packages: []string{"."},
+			Flags:    []string{"-ldflags", "-s -w"},
+			Env:      []string{"CGO_ENABLED=0"},
+		},
+		{
+			Name: "kubernetes", Module: "k8s.io/kubernetes",
+			Packages: []string{
+				"cmd/kubelet", "cmd/kube-apiserver", "cmd/kube-controller-manager", "cmd/kube-scheduler", "cmd/kube-proxy", "cmd/kubectl",
+				"test/images/agnhost",
+			},
+			Flags: []string{"-ldflags", kubernetesVersion},
+			Env:   []string{"CGO_ENABLED=0"},
+		},
+		{
+			Name: "coredns", Module: "github.com/coredns/coredns",
+			Packages: []string{"./"},
+			Flags:    []string{"-ldflags", "-s -w"},
+			Env:      []string{"CGO_ENABLED=0"},
+		},
+		{
+			Name: "kubernetes-e2e", Source: "kubernetes", Module: "k8s.io/kubernetes",
+			Test:  "test/e2e",
+			Flags: []string{"-ldflags", kubernetesVersion},
+			Env:   []string{"CGO_ENABLED=0"},
 		},
 		{
 			Name: "golangci-lint", Module: "github.com/golangci/golangci-lint/v2",
@@ -190,7 +222,7 @@ func (s Set) source() (string, error) {
 	if !ok || !filepath.IsAbs(file) {
 		return "", errors.New("test/tools must be built without -trimpath: it finds its modules beside its source")
 	}
-	return filepath.Join(filepath.Dir(file), s.Name), nil
+	return filepath.Join(filepath.Dir(file), cmp.Or(s.Source, s.Name)), nil
 }
 
 // version reads the version of s.Module from the tool module's go.mod.
@@ -218,9 +250,13 @@ func (s Set) key() (string, error) {
 	if err != nil {
 		return "", err
 	}
+	programs, err := filepath.Glob(filepath.Join(dir, "*.go"))
+	if err != nil {
+		return "", err
+	}
 	h := sha256.New()
-	for _, name := range []string{"go.mod", "go.sum"} {
-		data, err := os.ReadFile(filepath.Join(dir, name))
+	for _, name := range append([]string{filepath.Join(dir, "go.mod"), filepath.Join(dir, "go.sum")}, programs...) {
+		data, err := os.ReadFile(name)
 		if err != nil {
 			return "", err
 		}
@@ -247,14 +283,22 @@ func (s Set) compile(out, version string) error {
 		defer clean()
 		flags = append(flags, "-modfile="+modfile)
 	}
-	args := append([]string{"build", "-trimpath", "-o", out + "/"}, flags...)
-	for _, p := range s.Packages {
-		args = append(args, path.Join(s.Module, p))
+	if len(s.Packages) > 0 {
+		args := append([]string{"build", "-trimpath", "-o", out + "/"}, flags...)
+		for _, p := range s.Packages {
+			if p != "./" {
+				p = path.Join(s.Module, p)
+			}
+			args = append(args, p)
+		}
+		if err := s.goCommand(args...); err != nil {
+			return err
+		}
 	}
-	if err := s.goCommand(args...); err != nil || s.Test == "" {
-		return err
+	if s.Test == "" {
+		return nil
 	}
-	args = append([]string{"test", "-c", "-trimpath", "-o", filepath.Join(out, path.Base(s.Test))}, flags...)
+	args := append([]string{"test", "-c", "-trimpath", "-o", filepath.Join(out, path.Base(s.Test))}, flags...)
 	return s.goCommand(append(args, path.Join(s.Module, s.Test))...)
 }
 
