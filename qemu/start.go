@@ -25,6 +25,7 @@ const (
 	guestAgentSocket = "qga.sock"
 	shareSocket      = "share.sock"
 	tpmSocket        = "tpm.sock"
+	endFile          = "end" // why the guest has ended, see Record.writeEnd
 )
 
 // maxSocketPath is what fits into the kernel's address of a Unix socket.

@@ -182,9 +182,17 @@ func (v *VM) abandon(err error) error {
 	return errors.Join(err, v.Close())
 }
 
-// Attach finds a VM that an earlier daemon started. A VM that is gone is errdefs.ErrNotFound. One whose guest has
-// ended meanwhile is returned, and is done soon.
+// Attach finds a VM that an earlier daemon started. A VM that is gone is errdefs.ErrNotFound, and an *ExitError too if the
+// earlier daemon saw its guest's end. One whose guest has ended meanwhile is returned, and is done soon.
 func Attach(ctx context.Context, r Record) (*VM, error) {
+	v, err := attach(ctx, r)
+	if err != nil {
+		return nil, errors.Join(err, r.readEnd())
+	}
+	return v, nil
+}
+
+func attach(ctx context.Context, r Record) (*VM, error) {
 	p, err := openProcess(r.PID, r.StartTime)
 	if err != nil {
 		return nil, err
@@ -222,6 +230,21 @@ func (r Record) endOf(runState string) string {
 		return ReasonWatchdog
 	}
 	return ""
+}
+
+// writeEnd keeps why the guest has ended: a daemon that is killed while it ends QEMU would take that with it.
+func (r Record) writeEnd(reason string) error {
+	return os.WriteFile(filepath.Join(r.RunDir, endFile), fmt.Appendf(nil, "%d %d %s", r.PID, r.StartTime, reason), 0o600)
+}
+
+// readEnd returns the end that was kept as an *ExitError, or nil.
+func (r Record) readEnd() error {
+	data, err := os.ReadFile(filepath.Join(r.RunDir, endFile))
+	reason, found := strings.CutPrefix(string(data), fmt.Sprintf("%d %d ", r.PID, r.StartTime))
+	if err != nil || !found || reason == "" {
+		return nil // none was kept, or that of a VM before this one
+	}
+	return &ExitError{Guest: true, Reason: reason, Status: "unknown"}
 }
 
 // KillRecorded ends the process of a record, and returns when it is gone. One that is gone already is no error.
@@ -323,6 +346,12 @@ func (v *VM) guestEnded(reason string) {
 	}
 }
 
+func (v *VM) endReason() string {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.reason
+}
+
 // finish ends QEMU after its guest, having read the end of the console.
 func (v *VM) finish() {
 	select {
@@ -336,6 +365,9 @@ func (v *VM) finish() {
 	defer cancel()
 	if _, err := v.Console(ctx); err != nil && !v.rec.ConsolePipe {
 		v.log.Warn("reading the guest's console", "pid", v.rec.PID, "error", err)
+	}
+	if err := v.rec.writeEnd(v.endReason()); err != nil {
+		v.log.Warn("keeping why the guest ended", "pid", v.rec.PID, "error", err)
 	}
 	err := v.mon.Execute(ctx, "quit", nil, nil)
 	select {

@@ -226,10 +226,11 @@ func (rt *Runtime) endContainers(p *pod, cause error) {
 		if !c.rec.Status().running() {
 			continue
 		}
+		end := endOfGuest(cause)
 		if c.isMachine() {
 			c.drainConsole()
+			end = endOfMachine(cause)
 		}
-		end := endOfGuest(cause)
 		if p.networkLost {
 			end.reason = reasonNodeReboot
 		}

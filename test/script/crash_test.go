@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math/rand"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -33,7 +34,13 @@ var points = flag.Int("points", 8, "at how many points of each kind the daemon i
 // logs are begun; and while it waits for an answer of QEMU or the guest. The next one has to list what the client was told,
 // the client repeats the call that got no answer and goes on to the end of the pod's life, which has to be as if nothing
 // had happened. Every third time the recovering daemon is killed too.
-func TestCrash(t *testing.T) {
+func TestCrash(t *testing.T) { killedEverywhere(t, (*life).containerSteps, 30, 12) }
+
+// The same for a machine.
+func TestCrashMachine(t *testing.T) { killedEverywhere(t, (*life).machineSteps, 20, 5) }
+
+// killedEverywhere lives lives of a kind, of which each opens and calls at least so much.
+func killedEverywhere(t *testing.T, steps func(*life) []step, leastOpens, leastCalls int) {
 	if noBed != "" {
 		t.Skip(noBed)
 	}
@@ -60,11 +67,14 @@ func TestCrash(t *testing.T) {
 			t.Logf("vmruntime's log:\n%s", logFrom(w.bed.LogFile("vmruntime"), from))
 		}
 	}()
-	opens, calls := countPoints(t, w, g)
-	killAll(t, w, g, "open", opens, func(n int, kill func(string)) {
+	opens, calls := countPoints(t, w, g, steps)
+	if opens < leastOpens || calls < leastCalls {
+		t.Fatal("these are too few: not all is seen")
+	}
+	killAll(t, w, g, steps, "open", opens, func(n int, kill func(string)) {
 		g.arm(n, func(_ int, path string) { kill(path) })
 	})
-	killAll(t, w, g, "call", calls, func(n int, kill func(string)) {
+	killAll(t, w, g, steps, "call", calls, func(n int, kill func(string)) {
 		w.bed.control.watch(func(r report) {
 			if n--; n == -1 {
 				kill(r.Kind + " " + r.Text)
@@ -75,7 +85,7 @@ func TestCrash(t *testing.T) {
 }
 
 // killAll lives a life for each point of a kind. arm has the daemon killed at the given one.
-func killAll(t *testing.T, w *world, g *gate, kind string, total int, arm func(n int, kill func(where string))) {
+func killAll(t *testing.T, w *world, g *gate, steps func(*life) []step, kind string, total int, arm func(n int, kill func(where string))) {
 	order := rand.New(rand.NewSource(crashSeed)).Perm(total)
 	if *points > 0 {
 		order = order[:min(total, *points)]
@@ -90,30 +100,27 @@ func killAll(t *testing.T, w *world, g *gate, kind string, total int, arm func(n
 			return // what a failure left behind would fail the next ones too
 		}
 		t.Run(name, func(t *testing.T) {
-			crashAt(t, w, g, name, again, func(kill func(string)) { arm(point, kill) })
+			crashAt(t, w, g, &life{w: w, name: name, steps: steps}, again, func(kill func(string)) { arm(point, kill) })
 		})
 	}
 	t.Logf("killed at %d of %d points: %s", len(order), total, kind)
 }
 
 // countPoints lives a life undisturbed.
-func countPoints(t *testing.T, w *world, g *gate) (opens, calls int) {
+func countPoints(t *testing.T, w *world, g *gate, steps func(*life) []step) (opens, calls int) {
 	t.Helper()
 	if err := w.startDaemon(nil); err != nil {
 		t.Fatal(err)
 	}
 	g.arm(-1, nil)
 	w.bed.control.watch(func(report) { calls++ })
-	l := &life{w: w, name: "whole"}
+	l := &life{w: w, name: "whole", steps: steps}
 	if err := l.goOn(); err != nil {
 		t.Fatal(err)
 	}
 	w.bed.control.watch(nil)
 	opened := g.opened()
 	t.Logf("a life opens %d files (%s) and makes %d calls", len(opened), summary(opened), calls)
-	if len(opened) < 30 || calls < 12 {
-		t.Fatal("these are too few: not all is seen")
-	}
 	return len(opened), calls
 }
 
@@ -125,7 +132,7 @@ func summary(opened []string) string {
 	return fmt.Sprint(count)
 }
 
-func crashAt(t *testing.T, w *world, g *gate, name string, again int, arm func(kill func(string))) {
+func crashAt(t *testing.T, w *world, g *gate, l *life, again int, arm func(kill func(string))) {
 	if w.bed.VMRuntimePID() == 0 {
 		if err := w.startDaemon(nil); err != nil {
 			t.Fatal(err)
@@ -140,7 +147,6 @@ func crashAt(t *testing.T, w *world, g *gate, name string, again int, arm func(k
 		where = at
 		_ = syscall.Kill(pid, syscall.SIGKILL) // the test's own child; it may have ended
 	})
-	l := &life{w: w, name: name}
 	err := l.goOn()
 	g.arm(-1, nil)
 	w.bed.control.watch(nil)
@@ -187,6 +193,8 @@ type life struct {
 	w    *world
 	name string
 	next int // the step that was not answered yet
+	// steps are the whole life.
+	steps func(*life) []step
 }
 
 type step struct {
@@ -206,13 +214,13 @@ func (l *life) shared(cfg *runtimeapi.ContainerConfig) {
 	}
 }
 
-// steps are the whole life. The states are those that ListPodSandbox and ListContainers must give after the step; container
-// a ends by itself at any time after its start.
-func (l *life) steps() []step {
+// containerSteps are the life of a pod with two containers. The states are those that ListPodSandbox and ListContainers must give
+// after the step; container a ends by itself at any time after its start.
+func (l *life) containerSteps() []step {
 	pod, stopped := "pod "+l.name+" ready", "pod "+l.name+" notready"
 	a, b := "container "+l.a()+" ", "container "+l.b()+" "
 	return []step{
-		{"run", (*life).run, []string{pod}},
+		{"run", func(l *life) error { return l.run() }, []string{pod}},
 		{"create a", func(l *life) error {
 			return l.create(l.a(), []string{fmt.Sprintf("lines %d 4ms", crashLines), "exit 5"})
 		}, []string{pod, a + "created"}},
@@ -228,14 +236,48 @@ func (l *life) steps() []step {
 	}
 }
 
+// machineSteps are the life of a pod with a machine.
+func (l *life) machineSteps() []step {
+	pod, stopped := "pod "+l.name+" ready", "pod "+l.name+" notready"
+	m := "container " + l.a() + " "
+	return []step{
+		{"run", func(l *life) error { return l.run(machineAnnotations()...) }, []string{pod}},
+		{"create", func(l *life) error { return l.create(l.a(), nil, machine, l.shared) }, []string{pod, m + "created"}},
+		{"start", func(l *life) error { return l.start(l.a()) }, []string{pod, m + "running"}},
+		{"boot", func(l *life) error { _, err := loggedCommand(l.w, []string{l.a(), "stdout up"}); return err }, []string{pod, m + "running"}},
+		{"stop", func(l *life) error { return l.w.stop(l.a(), 10) }, []string{pod, m + "exited"}},
+		{"end", (*life).endOfMachine, []string{pod, m + "exited"}},
+		{"remove machine", func(l *life) error { return l.w.removeContainer(l.a()) }, []string{pod}},
+		{"stop pod", func(l *life) error { return l.w.stopPod(l.name) }, []string{stopped}},
+		{"remove", func(l *life) error { return l.w.removePod(l.name) }, nil},
+	}
+}
+
+// endOfMachine holds that the machine powered off, and that its whole console is in the log, once.
+func (l *life) endOfMachine() error {
+	if line, err := l.w.containerLine(l.a()); err != nil || line != "exited 0 Completed" {
+		return fmt.Errorf("the machine is %q (%w), want exited 0 Completed", line, err)
+	}
+	var want strings.Builder
+	for i := range machineLines {
+		fmt.Fprintf(&want, "stdout %s\n", lineText(i))
+	}
+	want.WriteString("stdout up\nstdout bye\n")
+	text, err := l.w.logText(l.a())
+	if err != nil || text != want.String() {
+		return fmt.Errorf("the log of the machine is %q (%w), want its %d lines, up, and bye", text, err, machineLines)
+	}
+	return nil
+}
+
 func (l *life) at() string {
-	steps := l.steps()
+	steps := l.steps(l)
 	return "step " + steps[min(l.next, len(steps)-1)].name
 }
 
 // goOn does what is left of the life.
 func (l *life) goOn() error {
-	for steps := l.steps(); l.next < len(steps); l.next++ {
+	for steps := l.steps(l); l.next < len(steps); l.next++ {
 		if err := steps[l.next].do(l); err != nil {
 			return fmt.Errorf("%s: %w", steps[l.next].name, err)
 		}
@@ -250,7 +292,7 @@ func (l *life) holds() error {
 	if err != nil {
 		return err
 	}
-	steps := l.steps()
+	steps := l.steps(l)
 	var before []string
 	if l.next > 0 {
 		before = steps[l.next-1].after
@@ -282,7 +324,7 @@ func matches(line, want string) bool {
 }
 
 // run makes the sandbox, or takes the one that an unanswered call has made.
-func (l *life) run() error {
+func (l *life) run(annotations ...string) error {
 	ctx, cancel := call()
 	defer cancel()
 	list, err := l.w.rt.ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{})
@@ -294,7 +336,16 @@ func (l *life) run() error {
 			return l.adopt(ctx, p.GetId())
 		}
 	}
-	return l.w.run(l.name)
+	return l.w.run(l.name, annotations...)
+}
+
+// machineAnnotations ask for all that may stand beside a machine.
+func machineAnnotations() []string {
+	out := []string{"kernel=/boot/kernel"}
+	if _, err := exec.LookPath("swtpm"); err == nil {
+		out = append(out, "tpm=true")
+	}
+	return out
 }
 
 func (l *life) adopt(ctx context.Context, id string) error {
@@ -386,18 +437,12 @@ func (l *life) endOfA() error {
 func (l *life) oneShare() error {
 	cfg := new(runtimeapi.ContainerConfig)
 	l.shared(cfg)
-	statuses, err := filepath.Glob("/proc/[0-9]*/cgroup")
-	if err != nil {
-		return err
-	}
 	var leaders []string
-	for _, file := range statuses {
-		proc := filepath.Dir(file)
-		cgroup, _ := os.ReadFile(file) // a process that has ended in the meantime reads as nothing
-		stat, _ := os.ReadFile(filepath.Join(proc, "stat"))
+	for proc := range l.w.processes(l.w.pods[l.name]) {
+		stat, _ := os.ReadFile(filepath.Join(proc, "stat")) // a process that has ended in the meantime reads as nothing
 		_, fields, _ := strings.Cut(string(stat), ") ")
 		leads := len(strings.Fields(fields)) > 3 && strings.Fields(fields)[3] == filepath.Base(proc)
-		if leads && strings.Contains(string(stat), "(virtiofsd)") && strings.Contains(string(cgroup), l.w.pods[l.name].id) {
+		if leads && strings.Contains(string(stat), "(virtiofsd)") {
 			leaders = append(leaders, proc)
 		}
 	}

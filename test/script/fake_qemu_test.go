@@ -24,12 +24,14 @@ import (
 
 // fakeQEMU is this test's program in the role of QEMU: the launcher has confined it and handed it the descriptors of the
 // real command line. It speaks QMP on the real monitor socket and, instead of running a kernel, serves the agent's
-// service on the agent's socket. The file that it is given as kernel holds the faults it is to have.
+// service on the agent's socket. The file that it is given as kernel holds the faults it is to have. As a machine it has no
+// agent: it writes to its console, and obeys the power button.
 type fakeQEMU struct {
 	args   []string
 	faults *faults
 	trace  func(kind, text string) // takes note of what is asked
 	port   *fakePort
+	pipe   *os.File // a machine's console
 
 	mu       sync.Mutex
 	conn     *net.UnixConn // the monitor's client
@@ -92,7 +94,14 @@ func (q *fakeQEMU) run() error {
 	}
 	q.trace = control.trace
 	q.trace("args", strings.Join(q.args[1:], "\n"))
-	go q.bootGuest()
+	if path := q.consolePipe(); path != "" {
+		if q.pipe, err = os.OpenFile(path+".out", os.O_RDWR, 0); err != nil {
+			return err
+		}
+		go q.bootMachine()
+	} else {
+		go q.bootGuest()
+	}
 	for {
 		conn, err := monitor.AcceptUnix()
 		if err != nil {
@@ -111,6 +120,42 @@ func (q *fakeQEMU) bootGuest() {
 	if err := g.serve(q.port); err != nil && !errors.Is(err, net.ErrClosed) {
 		fmt.Fprintln(os.Stderr, "fake guest:", err)
 	}
+}
+
+// consolePipe is the path of a machine's console, without its ending; empty in a guest of ours.
+func (q *fakeQEMU) consolePipe() string {
+	for _, a := range q.args {
+		if path, ok := strings.CutPrefix(a, "pipe,id=console,path="); ok {
+			return path
+		}
+	}
+	return ""
+}
+
+// machineLines is what a machine writes to its console, as the statement lines does.
+const machineLines = 60
+
+func (q *fakeQEMU) bootMachine() {
+	for i := range machineLines {
+		q.say(lineText(i))
+		<-time.After(4 * time.Millisecond) // the time that it takes
+	}
+	q.say("up")
+}
+
+// say writes a line to a machine's console, and waits while nobody reads there.
+func (q *fakeQEMU) say(line string) {
+	if _, err := io.WriteString(q.pipe, line+"\n"); err != nil {
+		fmt.Fprintln(os.Stderr, "fake machine:", err)
+	}
+}
+
+// powerOff is what the power button does to a machine's system.
+func (q *fakeQEMU) powerOff() {
+	if q.pipe != nil {
+		q.say("bye")
+	}
+	q.guestEnds("guest-shutdown", "")
 }
 
 // option is the value of an option that is given once.
@@ -197,6 +242,8 @@ func (q *fakeQEMU) command(line string) {
 	switch word {
 	case "panic":
 		q.guestEnds("guest-reset", "Kernel panic - not syncing: "+rest+"\n")
+	case "poweroff":
+		q.powerOff()
 	case "hang":
 		q.faults.hang()
 	case "drop":
@@ -340,7 +387,9 @@ func (q *fakeQEMU) execute(c qmpCommand) (any, error) {
 	case "qmp_capabilities", "quit":
 		return nil, nil
 	case "system_powerdown":
-		time.AfterFunc(20*time.Millisecond, func() { q.guestEnds("guest-shutdown", "") })
+		time.AfterFunc(20*time.Millisecond, q.powerOff)
+		return nil, nil
+	case "qom-set": // how often the balloon tells its statistics
 		return nil, nil
 	case "query-status":
 		return map[string]any{"status": q.state, "running": q.state == "running"}, nil

@@ -18,6 +18,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -40,8 +42,12 @@ import (
 
 var update = flag.Bool("update", false, "rewrite the files that scripts compare with")
 
-// testImage is what all containers are of.
-const testImage = "vmruntime.test/tiny:1"
+// testImage is what all containers are of, machineImage what all machines are: it holds a disk, and a kernel, which for the fake
+// has its faults: to wait until the test has seen what it does.
+const (
+	testImage    = "vmruntime.test/tiny:1"
+	machineImage = "vmruntime.test/machine:1"
+)
 
 // theBed is the node of all tests, or why there is none.
 var (
@@ -253,9 +259,11 @@ func (b *bed) pull(ctx context.Context) error {
 		return err
 	}
 	defer conn.Close()
-	_, err = runtimeapi.NewImageServiceClient(conn).PullImage(ctx, &runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: testImage}})
-	if err != nil {
-		return fmt.Errorf("pull %s: %w", testImage, err)
+	for _, image := range []string{testImage, machineImage} {
+		_, err = runtimeapi.NewImageServiceClient(conn).PullImage(ctx, &runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: image}})
+		if err != nil {
+			return fmt.Errorf("pull %s: %w", image, err)
+		}
 	}
 	return nil
 }
@@ -269,29 +277,38 @@ func (b *bed) close() error {
 	return errors.Join(append(errs, b.control.close(), os.RemoveAll(b.dir))...)
 }
 
-// tinyRegistry serves the one image.
+// tinyRegistry serves the images.
 func tinyRegistry() (http.Handler, error) {
-	img, err := tinyImage()
-	if err != nil {
-		return nil, err
-	}
-	tag, err := name.NewTag(testImage)
-	if err != nil {
-		return nil, err
-	}
 	h := registry.New(registry.Logger(log.New(io.Discard, "", 0)))
-	return h, remote.Write(tag, img, remote.WithTransport(inProcess{h}))
+	for ref, files := range map[string]map[string]string{
+		testImage:    {"etc/passwd": "root:x:0:0::/:/bin/sh\n"},
+		machineImage: {"disk/disk.img": strings.Repeat("\x00", 1<<20), "boot/kernel": "step\n"},
+	} {
+		img, err := imageOf(files)
+		if err != nil {
+			return nil, err
+		}
+		tag, err := name.NewTag(ref)
+		if err != nil {
+			return nil, err
+		}
+		if err := remote.Write(tag, img, remote.WithTransport(inProcess{h})); err != nil {
+			return nil, err
+		}
+	}
+	return h, nil
 }
 
-func tinyImage() (v1.Image, error) {
+func imageOf(files map[string]string) (v1.Image, error) {
 	var layer bytes.Buffer
 	w := tar.NewWriter(&layer)
-	const passwd = "root:x:0:0::/:/bin/sh\n"
-	if err := w.WriteHeader(&tar.Header{Name: "etc/passwd", Mode: 0o644, Size: int64(len(passwd))}); err != nil {
-		return nil, err
-	}
-	if _, err := w.Write([]byte(passwd)); err != nil {
-		return nil, err
+	for _, path := range slices.Sorted(maps.Keys(files)) {
+		if err := w.WriteHeader(&tar.Header{Name: path, Mode: 0o644, Size: int64(len(files[path]))}); err != nil {
+			return nil, err
+		}
+		if _, err := w.Write([]byte(files[path])); err != nil {
+			return nil, err
+		}
 	}
 	if err := w.Close(); err != nil {
 		return nil, err

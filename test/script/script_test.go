@@ -3,7 +3,9 @@ package script
 import (
 	"context"
 	"fmt"
+	"maps"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -40,8 +42,9 @@ type worldKey struct{}
 //	cni break|remove|repair PLUGIN
 //	qemu remove|repair        the program itself
 //	containerd stop|start
-//	runp POD                  RunPodSandbox; race N POD calls it N times at once
-//	create POD NAME STATEMENT...   CreateContainer of what process does; -stdin keeps standard input, -mount=DIR shares DIR
+//	runp POD [NAME=VALUE...]  RunPodSandbox, with annotations of ours; race N POD calls it N times at once
+//	create POD NAME STATEMENT...   CreateContainer of what process does; -stdin keeps standard input, -mount=DIR shares DIR,
+//	                          -machine is a machine, which does nothing but boot
 //	start NAME, stopc NAME GRACE, rmc NAME, stopp POD, rmp POD
 //	execs TIMEOUT NAME STATEMENT...
 //	status NAME, list, log NAME
@@ -57,6 +60,9 @@ type worldKey struct{}
 //	events POD                all events of a pod and its containers: type, name, the pod's state and those of its containers
 //	metric VALUE SAMPLE       waits until vmruntime's sample, or the sum of those whose name and labels begin so, has the value
 //	vm POD COMMAND            what fakeQEMU.command does, or: kill
+//	untap POD                 takes away the tap of the pod's network
+//	helpers POD NAME...       waits until these programs, and no others, run in the pod's cgroup beside QEMU
+//	endhelper POD NAME        kills one
 //	trace POD                 what a removed pod's VM was asked, normalised
 //	count POD N TEXT          waits until the text is N times in that
 //	leaks                     fails if anything of removed pods is left
@@ -159,7 +165,7 @@ type command func(*world, []string) (string, error)
 func scriptCommands() map[string]command {
 	return map[string]command{
 		"daemon": daemonCommand, "guest": guestCommand, "cni": cniCommand, "qemu": qemuCommand, "containerd": containerdCommand,
-		"runp": least(1, func(w *world, a []string) (string, error) { return "", w.run(a[0]) }),
+		"runp": least(1, func(w *world, a []string) (string, error) { return "", w.run(a[0], a[1:]...) }),
 		"race": least(2, raceCommand), "create": least(2, createCommand),
 		"start": least(1, func(w *world, a []string) (string, error) { return "", w.start(a[0]) }),
 		"stopc": least(2, func(w *world, a []string) (string, error) {
@@ -182,7 +188,7 @@ func scriptCommands() map[string]command {
 		"within": least(3, withinCommand), "event": least(2, eventCommand),
 		"vm": least(2, vmCommand), "trace": least(1, traceCommand), "count": least(3, countCommand),
 		"message": least(1, messageCommand), "stats": least(1, statsCommand), "startwithin": least(2, startWithinCommand),
-		"reboot": least(1, rebootCommand),
+		"reboot": least(1, rebootCommand), "untap": least(1, untapCommand), "helpers": least(1, helpersCommand), "endhelper": least(2, endHelperCommand),
 		"events": least(1, eventsCommand), "metric": least(2, metricCommand),
 		"logged": least(2, loggedCommand), "leaks": leaksCommand, "wholelog": least(2, wholeLogCommand),
 	}
@@ -321,6 +327,8 @@ func createCommand(w *world, args []string) (string, error) {
 	var changes []func(*runtimeapi.ContainerConfig)
 	for _, a := range args[2:] {
 		switch dir, mount := strings.CutPrefix(a, "-mount="); {
+		case a == "-machine":
+			changes = append(changes, machine)
 		case a == "-stdin":
 			changes = append(changes, func(c *runtimeapi.ContainerConfig) { c.Stdin = true })
 		case mount:
@@ -498,6 +506,73 @@ func startWithinCommand(w *world, args []string) (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Duration(limit)*time.Second)
 	defer cancel()
 	_, err = w.rt.StartContainer(ctx, &runtimeapi.StartContainerRequest{ContainerId: c.id})
+	return "", err
+}
+
+func untapCommand(w *world, args []string) (string, error) {
+	p, err := w.pod(args[0])
+	if err != nil {
+		return "", err
+	}
+	netns := filepath.Join(w.bed.Root, "run", "s", "netns", p.id)
+	out, err := exec.Command("nsenter", "--net="+netns, "--", "ip", "link", "delete", "tap-eth0").CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("delete the tap: %w: %s", err, out)
+	}
+	return "", nil
+}
+
+// helpersOf is the programs by their processes.
+func (w *world) helpersOf(pod string) (map[int]string, error) {
+	p, err := w.pod(pod)
+	if err != nil {
+		return nil, err
+	}
+	found := make(map[int]string)
+	for proc := range w.processes(p) {
+		comm, _ := os.ReadFile(filepath.Join(proc, "comm")) // one that has ended in the meantime reads as nothing
+		pid, err := strconv.Atoi(filepath.Base(proc))
+		if name := strings.TrimSpace(string(comm)); err == nil && name != "" && !strings.HasPrefix(filepath.Base(w.bed.qemu()), name) {
+			found[pid] = name
+		}
+	}
+	return found, nil
+}
+
+func helpersCommand(w *world, args []string) (string, error) {
+	var names []string
+	var err error
+	if !w.until(func() bool {
+		var found map[int]string
+		found, err = w.helpersOf(args[0])
+		names = slices.Compact(slices.Sorted(maps.Values(found))) // virtiofsd has a child
+		return err != nil || slices.Equal(names, args[1:])
+	}) {
+		return "", fmt.Errorf("beside QEMU run %q, it has to be %q", names, args[1:])
+	}
+	return "", err
+}
+
+// endHelperCommand returns when it has ended.
+func endHelperCommand(w *world, args []string) (string, error) {
+	found, err := w.helpersOf(args[0])
+	if err != nil {
+		return "", err
+	}
+	for pid, name := range found {
+		if name != args[1] {
+			continue
+		}
+		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+			return "", err
+		}
+	}
+	if !w.until(func() bool {
+		found, err = w.helpersOf(args[0])
+		return err != nil || !slices.Contains(slices.Collect(maps.Values(found)), args[1])
+	}) {
+		return "", fmt.Errorf("%s does not end", args[1])
+	}
 	return "", err
 }
 

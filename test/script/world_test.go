@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"iter"
 	"os"
 	"path/filepath"
 	"slices"
@@ -196,8 +197,27 @@ func (w *world) podConfig(name string) *runtimeapi.PodSandboxConfig {
 	}
 }
 
-func (w *world) run(name string) error {
+// processes are the directories in /proc of what runs in a pod's cgroup.
+func (w *world) processes(p *sandbox) iter.Seq[string] {
+	return func(yield func(string) bool) {
+		files, _ := filepath.Glob("/proc/[0-9]*/cgroup") // the pattern is right
+		for _, file := range files {
+			cgroup, _ := os.ReadFile(file) // a process that has ended in the meantime reads as nothing
+			if strings.Contains(string(cgroup), p.id) && !yield(filepath.Dir(file)) {
+				return
+			}
+		}
+	}
+}
+
+// run runs a pod with annotations of ours, each NAME=VALUE.
+func (w *world) run(name string, annotations ...string) error {
 	p := &sandbox{name: name, cfg: w.podConfig(name)}
+	p.cfg.Annotations = make(map[string]string)
+	for _, a := range annotations {
+		key, value, _ := strings.Cut(a, "=")
+		p.cfg.Annotations["vmruntime.io/"+key] = value
+	}
 	if err := os.MkdirAll(p.cfg.GetLogDirectory(), 0o755); err != nil {
 		return err
 	}
@@ -240,6 +260,11 @@ func (w *world) containerConfig(name string, script []string) *runtimeapi.Contai
 		LogPath:  name + ".log",
 		Linux:    &runtimeapi.LinuxContainerConfig{SecurityContext: &runtimeapi.LinuxContainerSecurityContext{}},
 	}
+}
+
+// machine makes a container a machine.
+func machine(c *runtimeapi.ContainerConfig) {
+	c.Image.Image, c.Command = machineImage, nil
 }
 
 func (w *world) create(pod, name string, script []string, change ...func(*runtimeapi.ContainerConfig)) error {
