@@ -208,7 +208,7 @@ func (c *container) attachConsole(ctx context.Context, in io.Reader, out io.Writ
 			return err
 		}
 		defer func() { _ = console.Close() }()
-		go func() { _, _ = io.Copy(console, in) }() // ends with the client's end of the connection, or with console
+		c.rt.owned.Go(func() { _, _ = io.Copy(console, in) }) // ends with the connection, which is closed after the return
 	}
 	if last := lastLines(recent, replay); out != nil && len(last) > 0 {
 		if _, err := out.Write(last); err != nil {
@@ -218,6 +218,8 @@ func (c *container) attachConsole(ctx context.Context, in io.Reader, out io.Writ
 	for {
 		select {
 		case <-ctx.Done():
+			return nil
+		case <-c.rt.ctx.Done():
 			return nil
 		case ch, ok := <-output:
 			if !ok {
