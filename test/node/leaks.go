@@ -62,6 +62,8 @@ func (n *Node) resources(ctx context.Context) (resources, error) {
 		r.addFiles("pod directory", n.path("vmruntime", "root", "pods")),
 		r.addFiles("container directory", n.path("vmruntime", "root", "containers")),
 		r.addFiles("scratch disk", n.path("vmruntime", "root", "images", "scratch")),
+		r.addFiles("machine", n.path("vmruntime", "root", "images", "machines")),
+		r.addFiles("mounted image", n.path("vmruntime", "root", "images", "views")),
 		r.addFiles("image owner", n.path("vmruntime", "root", "images", "owners")),
 		r.addFiles("log record", n.path("vmruntime", "root", "logs")),
 		r.addFiles("run directory", n.path("run", "s", "pods")),

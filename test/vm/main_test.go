@@ -1,6 +1,6 @@
 // Package vm_test drives the CRI over its socket against a real node: containerd, vmruntime, QEMU and real
-// images. One node serves all tests; each test has pods of its own and ends with a check that nothing of them
-// is left on the node.
+// images. Each test has one of two nodes to itself and pods of its own, and ends with a check that nothing of them
+// is left on the node; a node serves one test after the other.
 package vm_test
 
 import (
@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -27,18 +28,31 @@ import (
 // guestDir is what make guest builds.
 const guestDir = "../../out/guest"
 
-// theBed is the node of all tests, or why there is none.
+// maxBeds is how many tests run side by side: an emulated guest keeps about one processor busy.
+const maxBeds = 2
+
+// beds are the nodes of all tests; noBed is why there is none.
 var (
-	theBed *bed
-	noBed  string
+	beds  pool
+	noBed string
 )
+
+// pool has the nodes, each made for the first test that finds none free.
+type pool struct {
+	dir  string // of the program
+	free chan *bed
+
+	mu   sync.Mutex
+	made []*bed
+}
 
 // bed is the node with clients of its CRI.
 type bed struct {
 	*node.Node
-	rt    runtimeapi.RuntimeServiceClient
-	image runtimeapi.ImageServiceClient
-	conn  *grpc.ClientConn
+	program string // vmruntime
+	rt      runtimeapi.RuntimeServiceClient
+	image   runtimeapi.ImageServiceClient
+	conn    *grpc.ClientConn
 }
 
 func TestMain(m *testing.M) {
@@ -48,25 +62,76 @@ func TestMain(m *testing.M) {
 
 func run(m *testing.M) (code int) {
 	if noBed = reasonForNoBed(); noBed == "" {
-		dir, err := os.MkdirTemp("", "v-") // short: sockets lie below it
+		dir, err := os.MkdirTemp("", "vm-test-")
 		if err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			return 1
 		}
-		b, err := newBed(dir)
-		if err != nil {
-			fmt.Fprintln(os.Stderr, "the node does not come up:", errors.Join(err, os.RemoveAll(dir)))
+		if err := build(filepath.Join(dir, "vmruntime")); err != nil {
+			fmt.Fprintln(os.Stderr, errors.Join(err, os.RemoveAll(dir)))
 			return 1
 		}
-		theBed = b
+		beds.dir, beds.free = dir, make(chan *bed, maxBeds)
 		defer func() {
-			if err := errors.Join(b.conn.Close(), b.Stop(), noRaces(b.LogFile("vmruntime")), os.RemoveAll(dir), goleak.Find()); err != nil {
+			if err := errors.Join(beds.close(), os.RemoveAll(dir), goleak.Find()); err != nil {
 				fmt.Fprintln(os.Stderr, "after all tests:", err)
 				code = 1
 			}
 		}()
 	}
 	return m.Run()
+}
+
+func build(program string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	defer cancel()
+	args := append([]string{"build", "-o", program}, raceFlags...)
+	if out, err := exec.CommandContext(ctx, "go", append(args, "../../cmd/vmruntime")...).CombinedOutput(); err != nil {
+		return fmt.Errorf("build vmruntime: %w\n%s", err, out)
+	}
+	return nil
+}
+
+// take waits for a node that no test uses.
+func (p *pool) take(t *testing.T) *bed {
+	t.Helper()
+	select {
+	case b := <-p.free:
+		return b
+	default:
+	}
+	if b := p.another(t); b != nil {
+		return b
+	}
+	return <-p.free
+}
+
+// another makes a node, unless there are enough.
+func (p *pool) another(t *testing.T) *bed {
+	t.Helper()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.made) == maxBeds {
+		return nil
+	}
+	dir, err := os.MkdirTemp("", "v-") // short: sockets lie below it; its name is the node's
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := newBed(dir, filepath.Join(p.dir, "vmruntime"))
+	if err != nil {
+		t.Fatal("the node does not come up: ", errors.Join(err, os.RemoveAll(dir)))
+	}
+	p.made = append(p.made, b)
+	return b
+}
+
+func (p *pool) close() error {
+	var errs []error
+	for _, b := range p.made {
+		errs = append(errs, b.conn.Close(), b.Stop(), noRaces(b.LogFile("vmruntime")), os.RemoveAll(b.Root))
+	}
+	return errors.Join(errs...)
 }
 
 // noRaces fails when the race detector has found something in the daemon.
@@ -92,23 +157,18 @@ func reasonForNoBed() string {
 	return ""
 }
 
-func newBed(dir string) (*bed, error) {
+func newBed(dir, program string) (*bed, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
 	defer cancel()
 	guest, err := filepath.Abs(guestDir)
 	if err != nil {
 		return nil, err
 	}
-	binary := filepath.Join(dir, "bin", "vmruntime")
-	args := append([]string{"build", "-o", binary}, raceFlags...)
-	if out, err := exec.CommandContext(ctx, "go", append(args, "../../cmd/vmruntime")...).CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("build vmruntime: %w\n%s", err, out)
-	}
-	n, err := node.Start(ctx, node.Options{Root: dir, VMRuntime: binary, GuestDir: guest, LogLevel: "debug"})
+	n, err := node.Start(ctx, node.Options{Root: dir, VMRuntime: program, GuestDir: guest, LogLevel: "debug"})
 	if err != nil {
 		return nil, err
 	}
-	b := &bed{Node: n}
+	b := &bed{Node: n, program: program}
 	b.conn, err = grpc.NewClient("unix://"+n.Socket(), grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: time.Second}))
 	if err != nil {
@@ -134,26 +194,29 @@ func (b *bed) pull(ctx context.Context, ref string) error {
 // testTimeout bounds one test: an emulated guest boots in seconds, on a busy machine in tens of them.
 const testTimeout = 3 * time.Minute
 
-// use gives a test the node. When the test has ended, nothing of its pods may be left.
+// use gives a test a node, side by side with tests on other nodes. When the test has ended, nothing of its pods may be left.
 func use(t *testing.T) (context.Context, *bed) {
 	t.Helper()
 	if noBed != "" {
 		t.Skip(noBed)
 	}
+	t.Parallel()
+	b := beds.take(t)
 	ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
-	from := fileSize(theBed.LogFile("vmruntime"))
+	from := fileSize(b.LogFile("vmruntime"))
 	t.Cleanup(func() {
 		cancel()
 		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
-		if leaks, err := theBed.Leaks(ctx); err != nil || len(leaks) > 0 {
+		if leaks, err := b.Leaks(ctx); err != nil || len(leaks) > 0 {
 			t.Errorf("left on the node after the test: %v\n  %s", err, strings.Join(leaks, "\n  "))
 		}
 		if t.Failed() {
-			t.Logf("vmruntime's log:\n%s", logFrom(theBed.LogFile("vmruntime"), from))
+			t.Logf("vmruntime's log:\n%s", logFrom(b.LogFile("vmruntime"), from))
 		}
+		beds.free <- b
 	})
-	return ctx, theBed
+	return ctx, b
 }
 
 func fileSize(path string) int64 {

@@ -28,7 +28,7 @@ import (
 // vmCommand is `vmruntime vm` of the node.
 func (b *bed) vmCommand(ctx context.Context, args ...string) *exec.Cmd {
 	flags := []string{"--config", filepath.Join(b.Root, "vmruntime", "vmruntime.toml"), "vm"}
-	return exec.CommandContext(ctx, filepath.Join(b.Root, "bin", "vmruntime"), append(flags, args...)...)
+	return exec.CommandContext(ctx, b.program, append(flags, args...)...)
 }
 
 // tryVM runs a vm command to its end and returns what it printed.
