@@ -85,7 +85,7 @@ func TestDebian(t *testing.T) {
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	err := cmd.Run()
 	want := "9f5a4c91438747760b8434a627114c3e74009b0d33d5119db6d1e3d3df1dc481"
-	if err == nil || !strings.Contains(stderr.String(), c.ip()) || stdout.String() != want+"  -\n" {
+	if err == nil || !strings.Contains(stderr.String(), "exit code 9") || !strings.Contains(stderr.String(), c.ip()) || stdout.String() != want+"  -\n" {
 		t.Errorf("crictl exec -i: %v, stdout %q, stderr %q; want the sum %s, the pod's address and exit code 9", err, &stdout, &stderr, want)
 	}
 	debianTerminal(t, c)

@@ -3,6 +3,7 @@ package vm_test
 import (
 	"bytes"
 	"context"
+	"encoding/base64"
 	"fmt"
 	"io"
 	"os"
@@ -324,10 +325,11 @@ func TestMachineHardware(t *testing.T) {
 		ask   []string
 		info  []string
 		disk  string
+		more  func(*testing.T, *ctr)
 	}{
-		"efi-scsi-tpm": {images.Tiny, []string{"firmware", "efi", "disk-bus", "scsi", "tpm", "true", "video", "none"}, []string{"firmware=efi", "secureboot=off", "tpm=2"}, "disk=sda "},
-		"raw-sata":     {images.TinyImg, []string{"disk-bus", "sata", "video", "virtio"}, []string{"firmware=bios", "tpm="}, "disk=sda "},
-		"root":         {images.TinyAtRoot, []string{"cpu-model", "Nehalem", "datasource", "none"}, []string{"cpumodel=Intel Core i7 9xx (Nehalem Class Core i7)"}, "disk=vda "},
+		"efi-scsi-tpm": {images.Tiny, []string{"firmware", "efi", "disk-bus", "scsi", "tpm", "true", "video", "none"}, []string{"firmware=efi", "secureboot=off", "tpm=2"}, "disk=sda ", outlivesTPM},
+		"raw-sata":     {images.TinyImg, []string{"disk-bus", "sata", "video", "virtio", "datasource", "ignition", "ignition", ignition}, []string{"firmware=bios", "tpm="}, "disk=sda ", hasIgnition},
+		"root":         {images.TinyAtRoot, []string{"cpu-model", "Nehalem", "datasource", "none"}, []string{"cpumodel=Intel Core i7 9xx (Nehalem Class Core i7)"}, "disk=vda ", nil},
 	} {
 		t.Run(name, func(t *testing.T) {
 			ctx, b := use(t)
@@ -336,7 +338,40 @@ func TestMachineHardware(t *testing.T) {
 			if out := c.sh("blocks"); !strings.Contains(out, tc.disk) {
 				t.Errorf("blocks says\n%swithout %q", out, tc.disk)
 			}
+			if tc.more != nil {
+				tc.more(t, c)
+			}
 		})
+	}
+}
+
+// outlivesTPM holds that a machine goes on whose TPM dies, without it, and ends in order.
+func outlivesTPM(t *testing.T, c *ctr) {
+	t.Helper()
+	const measure = "timeout -s KILL 20 cat /sys/class/tpm/tpm0/pcr-sha256/0 2>/dev/null | wc -c"
+	if got := strings.TrimSpace(c.sh(measure)); got != "65" {
+		t.Errorf("the TPM gives %s bytes of a register's 64 digits", got)
+	}
+	kill(t, c.pod.verboseInfo().Guest.TPM.PID)
+	if got := strings.TrimSpace(c.sh(measure)); got != "0" {
+		t.Errorf("without swtpm the TPM gives %s bytes", got)
+	}
+	c.stop(30)
+	if s := c.wait(); s.GetExitCode() != 0 || s.GetReason() != "Completed" {
+		t.Errorf("without its TPM the machine ends with exit code %d, %s; want 0, Completed", s.GetExitCode(), s.GetReason())
+	}
+}
+
+const ignition = `{"ignition": {"version": "3.4.0"}, "storage": {"files": [{"path": "/etc/given", "contents": {"source": "data:,given"}}]}}`
+
+// hasIgnition holds that Ignition finds what the pod gives, as a configuration to merge, and our own, where it looks.
+func hasIgnition(t *testing.T, c *ctr) {
+	t.Helper()
+	got := c.sh("modprobe qemu_fw_cfg; cat /sys/firmware/qemu_fw_cfg/by_name/opt/com.coreos/config/raw")
+	for _, want := range []string{base64.StdEncoding.EncodeToString([]byte(ignition)), "vmruntime-exec"} {
+		if !strings.Contains(got, want) {
+			t.Errorf("the guest finds no %s in its Ignition:\n%s", want, got)
+		}
 	}
 }
 

@@ -239,6 +239,9 @@ type podInfo struct {
 		Share *struct {
 			PID int `json:"pid"`
 		} `json:"share"`
+		TPM *struct {
+			PID int `json:"pid"`
+		} `json:"tpm"`
 		Disks []string `json:"disks"`
 	} `json:"guest"`
 }

@@ -161,6 +161,25 @@ func TestMachinePersistentRoot(t *testing.T) {
 	q := b.machinePod(ctx, t, images.Tiny, func(cfg *runtimeapi.PodSandboxConfig) { cfg.Metadata.Name += "-next" })
 	d := q.start(with(volumes(0, root, "/"), func(c *runtimeapi.ContainerConfig) { c.Image.Image = images.Busybox })).up(3)
 	d.expect("cat /var/marker", "kept")
+	d.sh("echo synced >/var/marker && sync")
+
+	// The node is rebooted: no processes, an empty run directory. The pod gives way to the next, which boots the disk.
+	info := q.verboseInfo()
+	b.crash(t)
+	kill(t, info.Guest.QEMU.PID)
+	emptyState(t, filepath.Join(b.Root, "run", "s"))
+	if err := b.StartVMRuntime(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if s := q.status(); s.GetState() != runtimeapi.PodSandboxState_SANDBOX_NOTREADY {
+		t.Errorf("the sandbox is %s after a reboot, want NOTREADY", s.GetState())
+	}
+	if s := d.wait(); s.GetExitCode() != 137 || s.GetReason() != "VMLost" {
+		t.Errorf("the machine is %v after a reboot, want exited with 137 and VMLost", s)
+	}
+	q.remove()
+	r := b.machinePod(ctx, t, images.Tiny, func(cfg *runtimeapi.PodSandboxConfig) { cfg.Metadata.Name += "-after" })
+	r.start(volumes(0, root, "/")).up(4).expect("cat /var/marker", "synced")
 }
 
 // What a device has that we did not write is not overwritten, and one that is too small is refused in words.
