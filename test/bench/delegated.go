@@ -93,9 +93,18 @@ func (b *bench) containerStart(p *pod) measured {
 
 // compareCalls reports a call's time each way, and what was added.
 func (b *bench) compareCalls(ctx context.Context, name string, times int, barred bool, call measured) error {
-	through, direct, err := inTurns(ctx, times, min(warmUps, times/10), call, b.vm, b.direct)
+	before, err := b.daemonCPU()
+	if err != nil {
+		return err
+	}
+	warmUps := min(warmUps, times/10)
+	through, direct, err := inTurns(ctx, times, warmUps, call, b.vm, b.direct)
 	if err != nil {
 		return fmt.Errorf("%s: %w", name, err)
+	}
+	after, err := b.daemonCPU()
+	if err != nil {
+		return err
 	}
 	b.report.compare(name+", over containerd's own, p50", through.median(), direct.median(), "ms")
 	added := b.report.add(name+", added at p50", through.median()-direct.median(), "ms")
@@ -103,6 +112,7 @@ func (b *bench) compareCalls(ctx context.Context, name string, times int, barred
 		added.within(addedBar)
 	}
 	b.report.add(name+", added at p99", through.at(0.99)-direct.at(0.99), "ms")
+	b.report.add("  processor time of the daemon for one", milliseconds(after-before)/float64(warmUps+times), "ms")
 	return nil
 }
 

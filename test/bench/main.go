@@ -132,6 +132,7 @@ func (b *bench) measure(ctx context.Context) (err error) {
 		{"delegated calls", b.delegatedCalls},
 		{"memory of idle VM pods", b.idleMemory},
 		{"lists of stored VM pods", b.storedPods},
+		{"calls by method", b.callTimes},
 		{"critest's benchmarks", b.criBenchmarks},
 		{"boots of machines", b.machineBoots},
 		{"machines of one image", b.sharedImage},

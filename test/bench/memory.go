@@ -59,6 +59,9 @@ func (b *bench) idleMemory(ctx context.Context) (err error) {
 		}
 		sum.add(m)
 	}
+	if err := b.idleCPU(ctx, fmt.Sprintf("%d VM pods", len(pods))); err != nil {
+		return err
+	}
 	after, err := b.freshDaemon(ctx, nil)
 	if err != nil {
 		return err

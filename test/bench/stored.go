@@ -59,6 +59,9 @@ func (b *bench) storedPods(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	if err := b.idleCPU(ctx, fmt.Sprintf("%d VM pods stored", b.stored)); err != nil {
+		return err
+	}
 	if err := b.measureLists(ctx); err != nil {
 		return err
 	}
