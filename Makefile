@@ -80,7 +80,9 @@ generate-check: generate
 unit: ## unit and golden tests, with the race detector
 	go test -race -short -timeout 10m $(PACKAGES)
 
+# Disks are made first: a pull waits for its image half a minute at most.
 system: ## tests that need root, a node or a VM
+	go run ./test/cmd/disks >/dev/null
 	go test -timeout 45m -p 1 $(PACKAGES)
 
 critest: build guest node-tools ## the CRI's conformance suite on containerd, the default handler and the handler vm
