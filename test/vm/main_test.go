@@ -191,8 +191,8 @@ func (b *bed) pull(ctx context.Context, ref string) error {
 	return nil
 }
 
-// testTimeout bounds one test: an emulated guest boots in seconds, on a busy machine in tens of them.
-const testTimeout = 3 * time.Minute
+// testTimeout bounds one test: an emulated guest boots in seconds, on a busy machine in tens of them, and another test runs beside it.
+const testTimeout = 5 * time.Minute
 
 // use gives a test a node, side by side with tests on other nodes. When the test has ended, nothing of its pods may be left.
 func use(t *testing.T) (context.Context, *bed) {
