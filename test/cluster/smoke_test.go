@@ -65,7 +65,7 @@ spec:
       containers:
       - name: web
         image: IMAGE
-        command: [sh, -c, "echo KIND starts; mkdir /www; echo KIND serves >/www/index.html; exec httpd -f -p 8080 -h /www"]
+        command: [sh, -c, "echo KIND starts; mkdir -p /www; echo KIND serves >/www/index.html; exec httpd -f -p 8080 -h /www"]
         readinessProbe: {httpGet: {port: 8080}}
 ---
 apiVersion: v1

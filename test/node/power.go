@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // powerOffTimeout is how long killed processes may take to be gone.
@@ -32,18 +33,18 @@ func (n *Node) PowerOff(ctx context.Context) error {
 		if err := errors.Join(r.addProcesses(n.Root), r.addMounts(n.Root)); err != nil {
 			return err
 		}
-		if len(r) == 0 {
+		lines := slices.Sorted(maps.Keys(r))
+		err := errors.Join(clean(n.Root, lines), n.removeCgroups()) // which a process that is ending keeps
+		if len(lines) == 0 && err == nil {
 			break
 		}
-		lines := slices.Sorted(maps.Keys(r))
-		err := clean(n.Root, lines)
 		select {
 		case <-ctx.Done():
 			return errors.Join(fmt.Errorf("still there after the power was switched off: %w\n  %s", ctx.Err(), strings.Join(lines, "\n  ")), err)
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
-	return errors.Join(n.removeCgroups(), n.netns.do(clearNetwork), empty(n.path("run")), empty(n.path("containerd", "state")))
+	return errors.Join(n.netns.do(clearNetwork), empty(n.path("run")), empty(n.path("containerd", "state")))
 }
 
 // PowerOn starts the daemons after PowerOff.
@@ -65,7 +66,7 @@ func clearNetwork() error {
 			continue
 		}
 		var gone netlink.LinkNotFoundError // one end of a pair goes with the other
-		if err := netlink.LinkDel(l); err != nil && !errors.As(err, &gone) && !errors.Is(err, os.ErrNotExist) {
+		if err := netlink.LinkDel(l); err != nil && !errors.As(err, &gone) && !errors.Is(err, unix.ENODEV) {
 			return fmt.Errorf("remove link %s: %w", l.Attrs().Name, err)
 		}
 	}
