@@ -21,12 +21,14 @@ import (
 	"github.com/vmruntime/vmruntime/image/qcow2"
 	"github.com/vmruntime/vmruntime/qemu"
 	vmruntime "github.com/vmruntime/vmruntime/runtime"
+	"github.com/vmruntime/vmruntime/runtime/cgroup"
 	"github.com/vmruntime/vmruntime/test/images"
 )
 
-// bareMachine is QEMU as a plain child, as root and without any confinement, with the arguments of a machine.
+// bareMachine is QEMU as a plain child, as root and without any confinement but a cgroup like a pod's, with the arguments of a machine.
 type bareMachine struct {
 	dir   string
+	group cgroup.Group
 	cmd   *exec.Cmd
 	pipes []*os.File // both ends of the console
 	done  chan error // of the copy of the console
@@ -39,7 +41,7 @@ type bareMachine struct {
 func (b *bench) startBareMachine(ctx context.Context, disk string, shape machineShape, times *machineTimes) (m *bareMachine, err error) {
 	ctx, cancel := context.WithTimeout(ctx, machineTimeout)
 	defer cancel()
-	m = &bareMachine{}
+	m = &bareMachine{group: cgroup.For(b.node.CgroupParent(), "bare")}
 	if m.dir, err = os.MkdirTemp(b.node.Root, "bare-"); err != nil {
 		return m, err
 	}
@@ -63,6 +65,10 @@ func (b *bench) startBareMachine(ctx context.Context, disk string, shape machine
 	if err := m.cmd.Start(); err != nil {
 		return m, err
 	}
+	// Beside whatever else runs, the scheduler gives a cgroup as much as it gives a single thread outside of any.
+	if err := errors.Join(m.group.Add(m.cmd.Process.Pid), m.group.SetCPUQuota(machineQuota, machinePeriod)); err != nil {
+		return m, err
+	}
 	return m, times.take(ctx, begun, m.path("log"))
 }
 
@@ -75,9 +81,9 @@ func (m *bareMachine) stop() error {
 		_ = m.cmd.Wait() // it was killed
 	}
 	closeAll(m.pipes)
-	var err error
+	err := m.group.Delete()
 	if m.done != nil {
-		err = <-m.done
+		err = errors.Join(err, <-m.done)
 	}
 	if m.dir == "" {
 		return err

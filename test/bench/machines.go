@@ -26,6 +26,8 @@ const (
 	machineTimeout = 3 * time.Minute
 	machineMemory  = 256 << 20
 	machineDisk    = 2 << 30
+	// machineQuota of each machinePeriod, in microseconds, are a machine's two vCPUs.
+	machineQuota, machinePeriod = 200000, 100000
 
 	kernelLine = "Linux version "
 	bootedLine = "tiny: up "
@@ -35,7 +37,7 @@ const (
 func (b *bench) runMachine(ctx context.Context, name string) (*pod, error) {
 	return b.runPodWith(ctx, b.vm, vmHandler, name, func(cfg *runtimeapi.PodSandboxConfig) {
 		cfg.Annotations = map[string]string{"vmruntime.io/root-disk-size": fmt.Sprint(machineDisk)}
-		cfg.Linux.Resources = &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: machineMemory, CpuQuota: 200000, CpuPeriod: 100000}
+		cfg.Linux.Resources = &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: machineMemory, CpuQuota: machineQuota, CpuPeriod: machinePeriod}
 	})
 }
 
