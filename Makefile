@@ -13,7 +13,7 @@ PACKAGES := ./...
 GUEST := out/guest
 GUEST_INPUTS := go.mod go.sum $(shell find deploy/guest cmd/vmagent agent -name '*.go' ! -name '*_test.go' 2>/dev/null)
 
-.PHONY: run run-machine cluster cluster-down test check build guest tools lint generate generate-check unit system critest critest-soak bench install-deps clean help
+.PHONY: run run-machine cluster cluster-down test check build guest tools lint generate generate-check unit system critest critest-soak conformance bench install-deps clean help
 
 run: install-deps build guest node-tools ## bring up a private node and run a normal pod and a VM pod (KEEP=1 leaves it up)
 	go run ./test/cmd/node $(if $(KEEP),-keep)
@@ -90,6 +90,10 @@ critest: build guest node-tools ## the CRI's conformance suite on containerd, th
 
 critest-soak: build guest node-tools ## the same three times on each of vmruntime's nodes, in parallel: nothing leaks (15 minutes)
 	go run ./test/cmd/critest -runs default,vm -rounds 3 -parallel 2 -out out/critest-soak
+
+conformance: build guest cluster-tools ## Kubernetes' own NodeConformance specs, with containers and with VMs
+	go run ./test/tools/build cri-ginkgo kubernetes-e2e
+	go run ./test/cmd/conformance
 
 bench: build guest node-tools ## measure, print a table and write out/bench.json
 	go run ./test/bench -o out/bench.json

@@ -128,6 +128,12 @@ type junit struct {
 	} `xml:"testsuite>testcase"`
 }
 
+// ReadReport reads the results of a JUnit report.
+func ReadReport(file string) (Results, error) {
+	r := Results{}
+	return r, r.read(file)
+}
+
 // read adds the results of a report. The suite's own nodes, in brackets at the
 // start of the name, count only when they failed.
 func (r Results) read(file string) error {
