@@ -39,8 +39,8 @@ func TestStatus(t *testing.T) {
 			t.Errorf("handlers %v, want also %q", resp.GetRuntimeHandlers(), name)
 		}
 	}
-	if !handlers[handlerVM].GetRecursiveReadOnlyMounts() || handlers[handlerVM].GetUserNamespaces() {
-		t.Errorf("features of VM pods: %v, want recursive read-only mounts and no user namespaces", handlers[handlerVM])
+	if !handlers[handlerVM].GetRecursiveReadOnlyMounts() || !handlers[handlerVM].GetUserNamespaces() {
+		t.Errorf("features of VM pods: %v, want recursive read-only mounts and user namespaces", handlers[handlerVM])
 	}
 	var info struct {
 		GuestKernel  string `json:"guestKernel"`
