@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"time"
 
 	"github.com/vmruntime/vmruntime/test/critest"
 	"github.com/vmruntime/vmruntime/test/tools"
@@ -48,6 +49,9 @@ func (c *Cluster) RunE2E(ctx context.Context, e E2E) (critest.Results, error) {
 		"--disable-log-dump", "--dump-logs-on-failure=false", "--kubectl-path", c.KubectlProgram())
 	cmd.Dir = e.Dir
 	cmd.Stdout, cmd.Stderr = e.Output, e.Output
+	// ginkgo ends its processes when it is interrupted, and not when it is killed.
+	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
+	cmd.WaitDelay = time.Minute
 	run := cmd.Run() // fails also when a spec does
 	results, err := critest.ReadReport(filepath.Join(e.Dir, "junit.xml"))
 	if err != nil {
