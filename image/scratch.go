@@ -215,3 +215,11 @@ func (s *Store) pruneTemplates() error {
 	}
 	return errors.Join(errs...)
 }
+
+// OpenScratch opens the scratch disk of a pod to read and write.
+func (s *Store) OpenScratch(podID string) (*os.File, error) {
+	if err := checkName("pod of a scratch disk", podID); err != nil {
+		return nil, err
+	}
+	return os.OpenFile(s.dirs.scratchDisk(podID), os.O_RDWR|unix.O_NOFOLLOW, 0)
+}

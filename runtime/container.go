@@ -63,7 +63,7 @@ func (c *container) isMachine() bool { return c.rec.Spec().Machine != nil }
 
 func (c *container) config() *runtimeapi.ContainerConfig { return c.rec.Spec().Config.M }
 
-func (c *container) ref() *agentpb.ProcessRef { return &agentpb.ProcessRef{ContainerId: c.id} }
+func (c *container) ref() *agentpb.ProcessRef { return &agentpb.ProcessRef{ContainerId: c.guestID()} }
 
 func (c *container) markExited() {
 	c.exitOnce.Do(func() { close(c.exited) })
@@ -107,8 +107,11 @@ func (rt *Runtime) StartContainer(ctx context.Context, req *runtimeapi.StartCont
 		return nil, fmt.Errorf("container %s is %s; only a created one can be started: %w", c.id, stateName(s.state()), errdefs.ErrFailedPrecondition)
 	}
 	start := c.start
-	if c.isMachine() {
+	switch {
+	case c.isMachine():
 		start = c.startMachine
+	case c.rec.Spec().Restored != nil:
+		start = c.startRestored
 	}
 	if err := start(ctx); err != nil {
 		c.log.Info("the container could not be started", "error", err)
@@ -177,7 +180,7 @@ func (c *container) run(ctx context.Context, g *guest, client agentClient) (time
 func (c *container) discard(client agentClient) error {
 	ctx, cancel := context.WithTimeout(context.Background(), killTimeout)
 	defer cancel()
-	_, err := client.RemoveContainer(ctx, &agentpb.RemoveContainerRequest{Id: c.id})
+	_, err := client.RemoveContainer(ctx, &agentpb.RemoveContainerRequest{Id: c.guestID()})
 	return err
 }
 

@@ -78,7 +78,7 @@ func (c *container) createRequest(g *guest) (*agentpb.CreateContainerRequest, er
 	case runtimeapi.NamespaceMode_POD:
 		req.PidNamespace = agentpb.PidNamespace_PID_NAMESPACE_POD
 	case runtimeapi.NamespaceMode_TARGET:
-		req.PidNamespace, req.PidTargetContainer = agentpb.PidNamespace_PID_NAMESPACE_TARGET, ns.GetTargetId()
+		req.PidNamespace, req.PidTargetContainer = agentpb.PidNamespace_PID_NAMESPACE_TARGET, c.rt.guestIDOf(ns.GetTargetId())
 	default:
 		req.PidNamespace = agentpb.PidNamespace_PID_NAMESPACE_CONTAINER
 	}

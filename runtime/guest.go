@@ -148,6 +148,9 @@ func (g *guest) configure(ctx context.Context, client *agent.Client) error {
 	if err != nil {
 		return err
 	}
+	if adopted, err := g.pod.adopt(ctx, client); adopted || err != nil {
+		return err
+	}
 	if info.GetConfigured() {
 		// The last daemon may have ended before it could. A guest that runs is not given up for it.
 		if err := g.pod.applyCPUQuota(); err != nil {

@@ -48,6 +48,13 @@ func (c *container) removeLogRecord() error {
 	return nil
 }
 
+// begin says that what is before the offsets was taken by somebody else.
+func (l *logSink) begin(at offsets) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.taken = at
+}
+
 // cursor tells what is to be read next, and what need not be kept any more.
 func (l *logSink) cursor() cursor {
 	l.mu.Lock()

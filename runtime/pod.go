@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -40,6 +41,8 @@ type pod struct {
 	stopping bool
 	// scratch is the disk for the next guest; life guards it.
 	scratch string
+	// incoming is what the next guest is restored from, until it is this pod; life guards it while it is made.
+	incoming atomic.Pointer[incoming]
 
 	mu    sync.Mutex
 	guest *guest
@@ -154,7 +157,7 @@ func (p *pod) boot(ctx context.Context) (*guest, error) {
 	if err := p.rt.net.Unguard(p.rec.Status().Network); err != nil {
 		return nil, err
 	}
-	if err := os.MkdirAll(p.runDir(), 0o711); err != nil {
+	if err := p.makeRunDir(); err != nil {
 		return nil, err
 	}
 	machine, err := p.machine(ctx, p.rec.Status())
@@ -163,6 +166,8 @@ func (p *pod) boot(ctx context.Context) (*guest, error) {
 	}
 	return p.launch(ctx, machine, nil)
 }
+
+func (p *pod) makeRunDir() error { return os.MkdirAll(p.runDir(), 0o711) }
 
 // launch runs QEMU; parts are what stands beside it, nil for a guest of ours. On error they stay the caller's. The caller holds life.
 func (p *pod) launch(ctx context.Context, machine qemu.Machine, parts *machineParts) (g *guest, err error) {
@@ -186,6 +191,7 @@ func (p *pod) launch(ctx context.Context, machine qemu.Machine, parts *machinePa
 		GID:      p.rec.Spec().UID,
 		Taps:     taps,
 		Place:    p.cgroup().Add,
+		State:    p.incomingState(),
 	})
 	if err != nil {
 		return nil, fmt.Errorf("start QEMU: %w", err)

@@ -229,7 +229,7 @@ func (c *container) metrics(ctx context.Context, guest *agentpb.StatsResponse) *
 		c.machineSamples(ctx, s)
 	}
 	for _, g := range guest.GetContainers() {
-		if g.GetId() == c.id {
+		if g.GetId() == c.guestID() {
 			s.guest(g)
 		}
 	}

@@ -43,6 +43,8 @@ type podStatus struct {
 	ReadyAt   time.Time   `json:"readyAt,omitzero"`
 	StoppedAt time.Time   `json:"stoppedAt,omitzero"`
 	Guest     guestRecord `json:"guest"`
+	// Capturing is set while a checkpoint is taken, which a daemon that is killed leaves stopped and frozen.
+	Capturing bool `json:"capturing,omitempty"`
 }
 
 // guestRecord is the latest boot of a pod's guest.
@@ -75,6 +77,8 @@ type containerSpec struct {
 	// StopSignal is what the image or the pod asks to be stopped with.
 	StopSignal string `json:"stopSignal,omitempty"`
 	LogPath    string `json:"logPath,omitempty"`
+	// Restored is there if the container comes from a checkpoint.
+	Restored *restoredSpec `json:"restored,omitempty"`
 	// Machine is there if the container is a whole machine; then it has neither Disk nor OCI.
 	Machine *machineSpec `json:"machine,omitempty"`
 }

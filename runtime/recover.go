@@ -155,6 +155,7 @@ func (rt *Runtime) recoverPod(ctx context.Context, p *pod) error {
 	if err := g.recoverShare(ctx, s.Guest.Share); err != nil {
 		p.log.Error("taking up virtiofsd", "error", err)
 	}
+	g.releaseLeft(ctx)
 	if parts != nil {
 		return rt.recoverMachine(ctx, p, g, s.Guest)
 	}
@@ -184,7 +185,7 @@ func (rt *Runtime) recoverContainers(ctx context.Context, p *pod, g *guest) erro
 		p.log.Warn("the guest does not answer yet", "error", err)
 	}
 	for _, c := range rt.containersOf(p.id) {
-		if err := c.recover(g, states[c.id], err == nil); err != nil {
+		if err := c.recover(g, states[c.guestID()], err == nil); err != nil {
 			c.log.Error("recovering the container", "error", err)
 		}
 	}
@@ -198,7 +199,7 @@ func (c *container) recover(g *guest, state *agentpb.ProcessState, listed bool) 
 		return nil
 	}
 	if s.StartedAt.IsZero() {
-		if !state.GetStarted() {
+		if !state.GetStarted() || c.rec.Spec().Restored != nil {
 			return nil
 		}
 		if err := c.rec.Update(func(s *containerStatus) error {

@@ -49,18 +49,22 @@ func podName(m *runtimeapi.PodSandboxMetadata) string {
 // createPod writes the record of a sandbox that has nothing yet.
 func (rt *Runtime) createPod(id string, req *runtimeapi.RunPodSandboxRequest) (*pod, error) {
 	vcpus, memory := rt.cfg.VM.size(req.GetConfig())
+	return rt.recordPod(id, podSpec{
+		Handler:     req.GetRuntimeHandler(),
+		Config:      message[*runtimeapi.PodSandboxConfig]{req.GetConfig()},
+		CreatedAt:   time.Now(),
+		VCPUs:       vcpus,
+		MemoryBytes: memory,
+	})
+}
+
+// recordPod gives the pod a user ID and writes its record.
+func (rt *Runtime) recordPod(id string, spec podSpec) (*pod, error) {
 	uid, err := rt.takeUID()
 	if err != nil {
 		return nil, err
 	}
-	spec := podSpec{
-		Handler:     req.GetRuntimeHandler(),
-		Config:      message[*runtimeapi.PodSandboxConfig]{req.GetConfig()},
-		CreatedAt:   time.Now(),
-		UID:         uid,
-		VCPUs:       vcpus,
-		MemoryBytes: memory,
-	}
+	spec.UID = uid
 	rec, err := rt.podStore.Create(id, spec, podStatus{})
 	rt.mu.Lock()
 	defer rt.mu.Unlock()

@@ -118,7 +118,7 @@ func (c *container) stats(ctx context.Context, guest *agentpb.StatsResponse) *ru
 		return out
 	}
 	for _, s := range guest.GetContainers() {
-		if s.GetId() != c.id {
+		if s.GetId() != c.guestID() {
 			continue
 		}
 		// The node's clock: the kubelet compares it with its own.

@@ -97,16 +97,6 @@ func (rt *Runtime) CheckpointContainer(context.Context, *runtimeapi.CheckpointCo
 	return nil, notBuilt("checkpointing containers")
 }
 
-// CheckpointPod is not built yet.
-func (rt *Runtime) CheckpointPod(context.Context, *runtimeapi.CheckpointPodRequest) (*runtimeapi.CheckpointPodResponse, error) {
-	return nil, notBuilt("checkpointing")
-}
-
-// RestorePod is not built yet.
-func (rt *Runtime) RestorePod(context.Context, *runtimeapi.RestorePodRequest) (*runtimeapi.RestorePodResponse, error) {
-	return nil, notBuilt("restoring")
-}
-
 // UpdatePodSandboxResources is not built yet: the size of a VM does not change while it runs.
 func (rt *Runtime) UpdatePodSandboxResources(context.Context, *runtimeapi.UpdatePodSandboxResourcesRequest) (*runtimeapi.UpdatePodSandboxResourcesResponse, error) {
 	return nil, notBuilt("changing the size")

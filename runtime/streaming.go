@@ -50,11 +50,11 @@ func (c *container) exec(ctx context.Context, cmd []string, streams execIO) (int
 	if err != nil {
 		return 0, err
 	}
-	ref := &agentpb.ProcessRef{ContainerId: c.id, ExecId: newID()[:16]}
+	ref := &agentpb.ProcessRef{ContainerId: c.guestID(), ExecId: newID()[:16]}
 	// Not waited for: the answer need not wait until the guest has forgotten the command.
 	defer g.owned.Go(func() { g.removeExec(ref) })
 	_, err = client.Exec(ctx, &agentpb.ExecRequest{
-		ContainerId: c.id, ExecId: ref.GetExecId(), Process: process, Stdin: streams.stdin != nil,
+		ContainerId: c.guestID(), ExecId: ref.GetExecId(), Process: process, Stdin: streams.stdin != nil,
 	})
 	if err != nil {
 		return 0, err

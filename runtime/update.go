@@ -57,6 +57,14 @@ func (c *container) resources() *runtimeapi.LinuxContainerResources {
 }
 
 func (c *container) applyResources(ctx context.Context, limits *runtimeapi.LinuxContainerResources) error {
+	_, client, err := c.runningIn(ctx)
+	if err != nil {
+		return err
+	}
+	return c.updateGuest(ctx, client, limits)
+}
+
+func (c *container) updateGuest(ctx context.Context, client agentClient, limits *runtimeapi.LinuxContainerResources) error {
 	oci, err := ocispec.Resources(limits)
 	if err != nil {
 		return err
@@ -65,11 +73,7 @@ func (c *container) applyResources(ctx context.Context, limits *runtimeapi.Linux
 	if err != nil {
 		return err
 	}
-	_, client, err := c.runningIn(ctx)
-	if err != nil {
-		return err
-	}
-	_, err = client.UpdateContainer(ctx, &agentpb.UpdateContainerRequest{Id: c.id, Resources: b})
+	_, err = client.UpdateContainer(ctx, &agentpb.UpdateContainerRequest{Id: c.guestID(), Resources: b})
 	return err
 }
 

@@ -2123,6 +2123,305 @@ func (x *ResizeTerminalRequest) GetHeight() uint32 {
 	return 0
 }
 
+type FreezeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ContainerIds  []string               `protobuf:"bytes,1,rep,name=container_ids,json=containerIds,proto3" json:"container_ids,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FreezeRequest) Reset() {
+	*x = FreezeRequest{}
+	mi := &file_agent_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FreezeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FreezeRequest) ProtoMessage() {}
+
+func (x *FreezeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FreezeRequest.ProtoReflect.Descriptor instead.
+func (*FreezeRequest) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *FreezeRequest) GetContainerIds() []string {
+	if x != nil {
+		return x.ContainerIds
+	}
+	return nil
+}
+
+type FreezeResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Ends          []*OutputEnd           `protobuf:"bytes,1,rep,name=ends,proto3" json:"ends,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FreezeResponse) Reset() {
+	*x = FreezeResponse{}
+	mi := &file_agent_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FreezeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FreezeResponse) ProtoMessage() {}
+
+func (x *FreezeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FreezeResponse.ProtoReflect.Descriptor instead.
+func (*FreezeResponse) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *FreezeResponse) GetEnds() []*OutputEnd {
+	if x != nil {
+		return x.Ends
+	}
+	return nil
+}
+
+// OutputEnd is how many bytes the host will be given of a frozen container's streams.
+type OutputEnd struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ContainerId   string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
+	Stdout        uint64                 `protobuf:"varint,2,opt,name=stdout,proto3" json:"stdout,omitempty"`
+	Stderr        uint64                 `protobuf:"varint,3,opt,name=stderr,proto3" json:"stderr,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OutputEnd) Reset() {
+	*x = OutputEnd{}
+	mi := &file_agent_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OutputEnd) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OutputEnd) ProtoMessage() {}
+
+func (x *OutputEnd) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OutputEnd.ProtoReflect.Descriptor instead.
+func (*OutputEnd) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *OutputEnd) GetContainerId() string {
+	if x != nil {
+		return x.ContainerId
+	}
+	return ""
+}
+
+func (x *OutputEnd) GetStdout() uint64 {
+	if x != nil {
+		return x.Stdout
+	}
+	return 0
+}
+
+func (x *OutputEnd) GetStderr() uint64 {
+	if x != nil {
+		return x.Stderr
+	}
+	return 0
+}
+
+type ThawRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Empty is all.
+	ContainerIds  []string `protobuf:"bytes,1,rep,name=container_ids,json=containerIds,proto3" json:"container_ids,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ThawRequest) Reset() {
+	*x = ThawRequest{}
+	mi := &file_agent_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ThawRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ThawRequest) ProtoMessage() {}
+
+func (x *ThawRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ThawRequest.ProtoReflect.Descriptor instead.
+func (*ThawRequest) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *ThawRequest) GetContainerIds() []string {
+	if x != nil {
+		return x.ContainerIds
+	}
+	return nil
+}
+
+type AdoptRequest struct {
+	state         protoimpl.MessageState   `protogen:"open.v1"`
+	Sandbox       *ConfigureSandboxRequest `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
+	Hardware      []*HardwareAddress       `protobuf:"bytes,2,rep,name=hardware,proto3" json:"hardware,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AdoptRequest) Reset() {
+	*x = AdoptRequest{}
+	mi := &file_agent_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AdoptRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AdoptRequest) ProtoMessage() {}
+
+func (x *AdoptRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AdoptRequest.ProtoReflect.Descriptor instead.
+func (*AdoptRequest) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *AdoptRequest) GetSandbox() *ConfigureSandboxRequest {
+	if x != nil {
+		return x.Sandbox
+	}
+	return nil
+}
+
+func (x *AdoptRequest) GetHardware() []*HardwareAddress {
+	if x != nil {
+		return x.Hardware
+	}
+	return nil
+}
+
+// HardwareAddress says which device gets which address.
+type HardwareAddress struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Old           string                 `protobuf:"bytes,1,opt,name=old,proto3" json:"old,omitempty"`
+	New           string                 `protobuf:"bytes,2,opt,name=new,proto3" json:"new,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HardwareAddress) Reset() {
+	*x = HardwareAddress{}
+	mi := &file_agent_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HardwareAddress) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HardwareAddress) ProtoMessage() {}
+
+func (x *HardwareAddress) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HardwareAddress.ProtoReflect.Descriptor instead.
+func (*HardwareAddress) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *HardwareAddress) GetOld() string {
+	if x != nil {
+		return x.Old
+	}
+	return ""
+}
+
+func (x *HardwareAddress) GetNew() string {
+	if x != nil {
+		return x.New
+	}
+	return ""
+}
+
 type ListRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -2131,7 +2430,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_agent_proto_msgTypes[30]
+	mi := &file_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2143,7 +2442,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[30]
+	mi := &file_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2156,7 +2455,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{30}
+	return file_agent_proto_rawDescGZIP(), []int{36}
 }
 
 type ListResponse struct {
@@ -2168,7 +2467,7 @@ type ListResponse struct {
 
 func (x *ListResponse) Reset() {
 	*x = ListResponse{}
-	mi := &file_agent_proto_msgTypes[31]
+	mi := &file_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2180,7 +2479,7 @@ func (x *ListResponse) String() string {
 func (*ListResponse) ProtoMessage() {}
 
 func (x *ListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[31]
+	mi := &file_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2193,7 +2492,7 @@ func (x *ListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListResponse.ProtoReflect.Descriptor instead.
 func (*ListResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{31}
+	return file_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ListResponse) GetProcesses() []*ProcessState {
@@ -2215,7 +2514,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_agent_proto_msgTypes[32]
+	mi := &file_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2227,7 +2526,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[32]
+	mi := &file_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2240,7 +2539,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{32}
+	return file_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *StatsRequest) GetContainerIds() []string {
@@ -2269,7 +2568,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_agent_proto_msgTypes[33]
+	mi := &file_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2281,7 +2580,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[33]
+	mi := &file_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2294,7 +2593,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{33}
+	return file_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *StatsResponse) GetTimeUnixNano() int64 {
@@ -2337,7 +2636,7 @@ type ContainerStats struct {
 
 func (x *ContainerStats) Reset() {
 	*x = ContainerStats{}
-	mi := &file_agent_proto_msgTypes[34]
+	mi := &file_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2349,7 +2648,7 @@ func (x *ContainerStats) String() string {
 func (*ContainerStats) ProtoMessage() {}
 
 func (x *ContainerStats) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[34]
+	mi := &file_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2362,7 +2661,7 @@ func (x *ContainerStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerStats.ProtoReflect.Descriptor instead.
 func (*ContainerStats) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{34}
+	return file_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ContainerStats) GetId() string {
@@ -2469,7 +2768,7 @@ type CgroupStats struct {
 
 func (x *CgroupStats) Reset() {
 	*x = CgroupStats{}
-	mi := &file_agent_proto_msgTypes[35]
+	mi := &file_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2481,7 +2780,7 @@ func (x *CgroupStats) String() string {
 func (*CgroupStats) ProtoMessage() {}
 
 func (x *CgroupStats) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[35]
+	mi := &file_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2494,7 +2793,7 @@ func (x *CgroupStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CgroupStats.ProtoReflect.Descriptor instead.
 func (*CgroupStats) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{35}
+	return file_agent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *CgroupStats) GetCpuUsageNano() uint64 {
@@ -2715,7 +3014,7 @@ type DiskIO struct {
 
 func (x *DiskIO) Reset() {
 	*x = DiskIO{}
-	mi := &file_agent_proto_msgTypes[36]
+	mi := &file_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2727,7 +3026,7 @@ func (x *DiskIO) String() string {
 func (*DiskIO) ProtoMessage() {}
 
 func (x *DiskIO) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[36]
+	mi := &file_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2740,7 +3039,7 @@ func (x *DiskIO) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiskIO.ProtoReflect.Descriptor instead.
 func (*DiskIO) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{36}
+	return file_agent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *DiskIO) GetDevice() string {
@@ -2789,7 +3088,7 @@ type Pressure struct {
 
 func (x *Pressure) Reset() {
 	*x = Pressure{}
-	mi := &file_agent_proto_msgTypes[37]
+	mi := &file_agent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2801,7 +3100,7 @@ func (x *Pressure) String() string {
 func (*Pressure) ProtoMessage() {}
 
 func (x *Pressure) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[37]
+	mi := &file_agent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2814,7 +3113,7 @@ func (x *Pressure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pressure.ProtoReflect.Descriptor instead.
 func (*Pressure) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{37}
+	return file_agent_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *Pressure) GetSome() *PressureLine {
@@ -2843,7 +3142,7 @@ type PressureLine struct {
 
 func (x *PressureLine) Reset() {
 	*x = PressureLine{}
-	mi := &file_agent_proto_msgTypes[38]
+	mi := &file_agent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2855,7 +3154,7 @@ func (x *PressureLine) String() string {
 func (*PressureLine) ProtoMessage() {}
 
 func (x *PressureLine) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[38]
+	mi := &file_agent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2868,7 +3167,7 @@ func (x *PressureLine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PressureLine.ProtoReflect.Descriptor instead.
 func (*PressureLine) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{38}
+	return file_agent_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *PressureLine) GetAvg10() float64 {
@@ -2910,7 +3209,7 @@ type DialRequest struct {
 
 func (x *DialRequest) Reset() {
 	*x = DialRequest{}
-	mi := &file_agent_proto_msgTypes[39]
+	mi := &file_agent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2922,7 +3221,7 @@ func (x *DialRequest) String() string {
 func (*DialRequest) ProtoMessage() {}
 
 func (x *DialRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[39]
+	mi := &file_agent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2935,7 +3234,7 @@ func (x *DialRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DialRequest.ProtoReflect.Descriptor instead.
 func (*DialRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{39}
+	return file_agent_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *DialRequest) GetNetwork() string {
@@ -2961,7 +3260,7 @@ type DialResponse struct {
 
 func (x *DialResponse) Reset() {
 	*x = DialResponse{}
-	mi := &file_agent_proto_msgTypes[40]
+	mi := &file_agent_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2973,7 +3272,7 @@ func (x *DialResponse) String() string {
 func (*DialResponse) ProtoMessage() {}
 
 func (x *DialResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[40]
+	mi := &file_agent_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2986,7 +3285,7 @@ func (x *DialResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DialResponse.ProtoReflect.Descriptor instead.
 func (*DialResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{40}
+	return file_agent_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *DialResponse) GetConnId() uint64 {
@@ -3006,7 +3305,7 @@ type ConnReadRequest struct {
 
 func (x *ConnReadRequest) Reset() {
 	*x = ConnReadRequest{}
-	mi := &file_agent_proto_msgTypes[41]
+	mi := &file_agent_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3018,7 +3317,7 @@ func (x *ConnReadRequest) String() string {
 func (*ConnReadRequest) ProtoMessage() {}
 
 func (x *ConnReadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[41]
+	mi := &file_agent_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3031,7 +3330,7 @@ func (x *ConnReadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnReadRequest.ProtoReflect.Descriptor instead.
 func (*ConnReadRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{41}
+	return file_agent_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ConnReadRequest) GetConnId() uint64 {
@@ -3058,7 +3357,7 @@ type ConnReadResponse struct {
 
 func (x *ConnReadResponse) Reset() {
 	*x = ConnReadResponse{}
-	mi := &file_agent_proto_msgTypes[42]
+	mi := &file_agent_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3070,7 +3369,7 @@ func (x *ConnReadResponse) String() string {
 func (*ConnReadResponse) ProtoMessage() {}
 
 func (x *ConnReadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[42]
+	mi := &file_agent_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3083,7 +3382,7 @@ func (x *ConnReadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnReadResponse.ProtoReflect.Descriptor instead.
 func (*ConnReadResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{42}
+	return file_agent_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ConnReadResponse) GetData() []byte {
@@ -3110,7 +3409,7 @@ type ConnWriteRequest struct {
 
 func (x *ConnWriteRequest) Reset() {
 	*x = ConnWriteRequest{}
-	mi := &file_agent_proto_msgTypes[43]
+	mi := &file_agent_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3122,7 +3421,7 @@ func (x *ConnWriteRequest) String() string {
 func (*ConnWriteRequest) ProtoMessage() {}
 
 func (x *ConnWriteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[43]
+	mi := &file_agent_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3135,7 +3434,7 @@ func (x *ConnWriteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnWriteRequest.ProtoReflect.Descriptor instead.
 func (*ConnWriteRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{43}
+	return file_agent_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *ConnWriteRequest) GetConnId() uint64 {
@@ -3163,7 +3462,7 @@ type ConnCloseRequest struct {
 
 func (x *ConnCloseRequest) Reset() {
 	*x = ConnCloseRequest{}
-	mi := &file_agent_proto_msgTypes[44]
+	mi := &file_agent_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3175,7 +3474,7 @@ func (x *ConnCloseRequest) String() string {
 func (*ConnCloseRequest) ProtoMessage() {}
 
 func (x *ConnCloseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[44]
+	mi := &file_agent_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3188,7 +3487,7 @@ func (x *ConnCloseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnCloseRequest.ProtoReflect.Descriptor instead.
 func (*ConnCloseRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{44}
+	return file_agent_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ConnCloseRequest) GetConnId() uint64 {
@@ -3213,7 +3512,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_agent_proto_msgTypes[45]
+	mi := &file_agent_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3225,7 +3524,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[45]
+	mi := &file_agent_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3238,7 +3537,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{45}
+	return file_agent_proto_rawDescGZIP(), []int{51}
 }
 
 var File_agent_proto protoreflect.FileDescriptor
@@ -3405,7 +3704,23 @@ const file_agent_proto_rawDesc = "" +
 	"\x15ResizeTerminalRequest\x128\n" +
 	"\aprocess\x18\x01 \x01(\v2\x1e.vmruntime.agent.v1.ProcessRefR\aprocess\x12\x14\n" +
 	"\x05width\x18\x02 \x01(\rR\x05width\x12\x16\n" +
-	"\x06height\x18\x03 \x01(\rR\x06height\"\r\n" +
+	"\x06height\x18\x03 \x01(\rR\x06height\"4\n" +
+	"\rFreezeRequest\x12#\n" +
+	"\rcontainer_ids\x18\x01 \x03(\tR\fcontainerIds\"C\n" +
+	"\x0eFreezeResponse\x121\n" +
+	"\x04ends\x18\x01 \x03(\v2\x1d.vmruntime.agent.v1.OutputEndR\x04ends\"^\n" +
+	"\tOutputEnd\x12!\n" +
+	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x16\n" +
+	"\x06stdout\x18\x02 \x01(\x04R\x06stdout\x12\x16\n" +
+	"\x06stderr\x18\x03 \x01(\x04R\x06stderr\"2\n" +
+	"\vThawRequest\x12#\n" +
+	"\rcontainer_ids\x18\x01 \x03(\tR\fcontainerIds\"\x96\x01\n" +
+	"\fAdoptRequest\x12E\n" +
+	"\asandbox\x18\x01 \x01(\v2+.vmruntime.agent.v1.ConfigureSandboxRequestR\asandbox\x12?\n" +
+	"\bhardware\x18\x02 \x03(\v2#.vmruntime.agent.v1.HardwareAddressR\bhardware\"5\n" +
+	"\x0fHardwareAddress\x12\x10\n" +
+	"\x03old\x18\x01 \x01(\tR\x03old\x12\x10\n" +
+	"\x03new\x18\x02 \x01(\tR\x03new\"\r\n" +
 	"\vListRequest\"N\n" +
 	"\fListResponse\x12>\n" +
 	"\tprocesses\x18\x01 \x03(\v2 .vmruntime.agent.v1.ProcessStateR\tprocesses\"U\n" +
@@ -3503,7 +3818,7 @@ const file_agent_proto_rawDesc = "" +
 	"\x17PID_NAMESPACE_CONTAINER\x10\x00\x12\x15\n" +
 	"\x11PID_NAMESPACE_POD\x10\x01\x12\x18\n" +
 	"\x14PID_NAMESPACE_TARGET\x10\x02\x12\x17\n" +
-	"\x13PID_NAMESPACE_GUEST\x10\x032\xb9\x0f\n" +
+	"\x13PID_NAMESPACE_GUEST\x10\x032\x94\x11\n" +
 	"\x05Agent\x12I\n" +
 	"\x04Info\x12\x1f.vmruntime.agent.v1.InfoRequest\x1a .vmruntime.agent.v1.InfoResponse\x12Z\n" +
 	"\x10ConfigureSandbox\x12+.vmruntime.agent.v1.ConfigureSandboxRequest\x1a\x19.vmruntime.agent.v1.Empty\x12J\n" +
@@ -3526,7 +3841,10 @@ const file_agent_proto_rawDesc = "" +
 	"WriteStdin\x12%.vmruntime.agent.v1.WriteStdinRequest\x1a&.vmruntime.agent.v1.WriteStdinResponse\x12G\n" +
 	"\n" +
 	"CloseStdin\x12\x1e.vmruntime.agent.v1.ProcessRef\x1a\x19.vmruntime.agent.v1.Empty\x12V\n" +
-	"\x0eResizeTerminal\x12).vmruntime.agent.v1.ResizeTerminalRequest\x1a\x19.vmruntime.agent.v1.Empty\x12I\n" +
+	"\x0eResizeTerminal\x12).vmruntime.agent.v1.ResizeTerminalRequest\x1a\x19.vmruntime.agent.v1.Empty\x12O\n" +
+	"\x06Freeze\x12!.vmruntime.agent.v1.FreezeRequest\x1a\".vmruntime.agent.v1.FreezeResponse\x12B\n" +
+	"\x04Thaw\x12\x1f.vmruntime.agent.v1.ThawRequest\x1a\x19.vmruntime.agent.v1.Empty\x12D\n" +
+	"\x05Adopt\x12 .vmruntime.agent.v1.AdoptRequest\x1a\x19.vmruntime.agent.v1.Empty\x12I\n" +
 	"\x04List\x12\x1f.vmruntime.agent.v1.ListRequest\x1a .vmruntime.agent.v1.ListResponse\x12L\n" +
 	"\x05Stats\x12 .vmruntime.agent.v1.StatsRequest\x1a!.vmruntime.agent.v1.StatsResponse\x12I\n" +
 	"\x04Dial\x12\x1f.vmruntime.agent.v1.DialRequest\x1a .vmruntime.agent.v1.DialResponse\x12U\n" +
@@ -3548,7 +3866,7 @@ func file_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 47)
+var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 53)
 var file_agent_proto_goTypes = []any{
 	(PidNamespace)(0),               // 0: vmruntime.agent.v1.PidNamespace
 	(OutputChunk_Stream)(0),         // 1: vmruntime.agent.v1.OutputChunk.Stream
@@ -3582,28 +3900,34 @@ var file_agent_proto_goTypes = []any{
 	(*WriteStdinRequest)(nil),       // 29: vmruntime.agent.v1.WriteStdinRequest
 	(*WriteStdinResponse)(nil),      // 30: vmruntime.agent.v1.WriteStdinResponse
 	(*ResizeTerminalRequest)(nil),   // 31: vmruntime.agent.v1.ResizeTerminalRequest
-	(*ListRequest)(nil),             // 32: vmruntime.agent.v1.ListRequest
-	(*ListResponse)(nil),            // 33: vmruntime.agent.v1.ListResponse
-	(*StatsRequest)(nil),            // 34: vmruntime.agent.v1.StatsRequest
-	(*StatsResponse)(nil),           // 35: vmruntime.agent.v1.StatsResponse
-	(*ContainerStats)(nil),          // 36: vmruntime.agent.v1.ContainerStats
-	(*CgroupStats)(nil),             // 37: vmruntime.agent.v1.CgroupStats
-	(*DiskIO)(nil),                  // 38: vmruntime.agent.v1.DiskIO
-	(*Pressure)(nil),                // 39: vmruntime.agent.v1.Pressure
-	(*PressureLine)(nil),            // 40: vmruntime.agent.v1.PressureLine
-	(*DialRequest)(nil),             // 41: vmruntime.agent.v1.DialRequest
-	(*DialResponse)(nil),            // 42: vmruntime.agent.v1.DialResponse
-	(*ConnReadRequest)(nil),         // 43: vmruntime.agent.v1.ConnReadRequest
-	(*ConnReadResponse)(nil),        // 44: vmruntime.agent.v1.ConnReadResponse
-	(*ConnWriteRequest)(nil),        // 45: vmruntime.agent.v1.ConnWriteRequest
-	(*ConnCloseRequest)(nil),        // 46: vmruntime.agent.v1.ConnCloseRequest
-	(*ShutdownRequest)(nil),         // 47: vmruntime.agent.v1.ShutdownRequest
-	nil,                             // 48: vmruntime.agent.v1.ConfigureSandboxRequest.SysctlsEntry
+	(*FreezeRequest)(nil),           // 32: vmruntime.agent.v1.FreezeRequest
+	(*FreezeResponse)(nil),          // 33: vmruntime.agent.v1.FreezeResponse
+	(*OutputEnd)(nil),               // 34: vmruntime.agent.v1.OutputEnd
+	(*ThawRequest)(nil),             // 35: vmruntime.agent.v1.ThawRequest
+	(*AdoptRequest)(nil),            // 36: vmruntime.agent.v1.AdoptRequest
+	(*HardwareAddress)(nil),         // 37: vmruntime.agent.v1.HardwareAddress
+	(*ListRequest)(nil),             // 38: vmruntime.agent.v1.ListRequest
+	(*ListResponse)(nil),            // 39: vmruntime.agent.v1.ListResponse
+	(*StatsRequest)(nil),            // 40: vmruntime.agent.v1.StatsRequest
+	(*StatsResponse)(nil),           // 41: vmruntime.agent.v1.StatsResponse
+	(*ContainerStats)(nil),          // 42: vmruntime.agent.v1.ContainerStats
+	(*CgroupStats)(nil),             // 43: vmruntime.agent.v1.CgroupStats
+	(*DiskIO)(nil),                  // 44: vmruntime.agent.v1.DiskIO
+	(*Pressure)(nil),                // 45: vmruntime.agent.v1.Pressure
+	(*PressureLine)(nil),            // 46: vmruntime.agent.v1.PressureLine
+	(*DialRequest)(nil),             // 47: vmruntime.agent.v1.DialRequest
+	(*DialResponse)(nil),            // 48: vmruntime.agent.v1.DialResponse
+	(*ConnReadRequest)(nil),         // 49: vmruntime.agent.v1.ConnReadRequest
+	(*ConnReadResponse)(nil),        // 50: vmruntime.agent.v1.ConnReadResponse
+	(*ConnWriteRequest)(nil),        // 51: vmruntime.agent.v1.ConnWriteRequest
+	(*ConnCloseRequest)(nil),        // 52: vmruntime.agent.v1.ConnCloseRequest
+	(*ShutdownRequest)(nil),         // 53: vmruntime.agent.v1.ShutdownRequest
+	nil,                             // 54: vmruntime.agent.v1.ConfigureSandboxRequest.SysctlsEntry
 }
 var file_agent_proto_depIdxs = []int32{
 	7,  // 0: vmruntime.agent.v1.ConfigureSandboxRequest.interfaces:type_name -> vmruntime.agent.v1.Interface
 	8,  // 1: vmruntime.agent.v1.ConfigureSandboxRequest.routes:type_name -> vmruntime.agent.v1.Route
-	48, // 2: vmruntime.agent.v1.ConfigureSandboxRequest.sysctls:type_name -> vmruntime.agent.v1.ConfigureSandboxRequest.SysctlsEntry
+	54, // 2: vmruntime.agent.v1.ConfigureSandboxRequest.sysctls:type_name -> vmruntime.agent.v1.ConfigureSandboxRequest.SysctlsEntry
 	9,  // 3: vmruntime.agent.v1.ConfigureSandboxRequest.neighbors:type_name -> vmruntime.agent.v1.Neighbor
 	6,  // 4: vmruntime.agent.v1.ConfigureSandboxRequest.users:type_name -> vmruntime.agent.v1.IDRange
 	6,  // 5: vmruntime.agent.v1.ConfigureSandboxRequest.groups:type_name -> vmruntime.agent.v1.IDRange
@@ -3617,69 +3941,78 @@ var file_agent_proto_depIdxs = []int32{
 	1,  // 13: vmruntime.agent.v1.OutputChunk.stream:type_name -> vmruntime.agent.v1.OutputChunk.Stream
 	21, // 14: vmruntime.agent.v1.WriteStdinRequest.process:type_name -> vmruntime.agent.v1.ProcessRef
 	21, // 15: vmruntime.agent.v1.ResizeTerminalRequest.process:type_name -> vmruntime.agent.v1.ProcessRef
-	25, // 16: vmruntime.agent.v1.ListResponse.processes:type_name -> vmruntime.agent.v1.ProcessState
-	36, // 17: vmruntime.agent.v1.StatsResponse.containers:type_name -> vmruntime.agent.v1.ContainerStats
-	37, // 18: vmruntime.agent.v1.StatsResponse.guest:type_name -> vmruntime.agent.v1.CgroupStats
-	37, // 19: vmruntime.agent.v1.ContainerStats.cgroup:type_name -> vmruntime.agent.v1.CgroupStats
-	39, // 20: vmruntime.agent.v1.CgroupStats.cpu_pressure:type_name -> vmruntime.agent.v1.Pressure
-	39, // 21: vmruntime.agent.v1.CgroupStats.memory_pressure:type_name -> vmruntime.agent.v1.Pressure
-	39, // 22: vmruntime.agent.v1.CgroupStats.io_pressure:type_name -> vmruntime.agent.v1.Pressure
-	38, // 23: vmruntime.agent.v1.CgroupStats.disks:type_name -> vmruntime.agent.v1.DiskIO
-	40, // 24: vmruntime.agent.v1.Pressure.some:type_name -> vmruntime.agent.v1.PressureLine
-	40, // 25: vmruntime.agent.v1.Pressure.full:type_name -> vmruntime.agent.v1.PressureLine
-	3,  // 26: vmruntime.agent.v1.Agent.Info:input_type -> vmruntime.agent.v1.InfoRequest
-	5,  // 27: vmruntime.agent.v1.Agent.ConfigureSandbox:input_type -> vmruntime.agent.v1.ConfigureSandboxRequest
-	10, // 28: vmruntime.agent.v1.Agent.PutFiles:input_type -> vmruntime.agent.v1.PutFilesRequest
-	12, // 29: vmruntime.agent.v1.Agent.GetFile:input_type -> vmruntime.agent.v1.GetFileRequest
-	14, // 30: vmruntime.agent.v1.Agent.MountShare:input_type -> vmruntime.agent.v1.MountShareRequest
-	15, // 31: vmruntime.agent.v1.Agent.CreateContainer:input_type -> vmruntime.agent.v1.CreateContainerRequest
-	17, // 32: vmruntime.agent.v1.Agent.StartContainer:input_type -> vmruntime.agent.v1.StartContainerRequest
-	19, // 33: vmruntime.agent.v1.Agent.UpdateContainer:input_type -> vmruntime.agent.v1.UpdateContainerRequest
-	20, // 34: vmruntime.agent.v1.Agent.RemoveContainer:input_type -> vmruntime.agent.v1.RemoveContainerRequest
-	22, // 35: vmruntime.agent.v1.Agent.Exec:input_type -> vmruntime.agent.v1.ExecRequest
-	21, // 36: vmruntime.agent.v1.Agent.RemoveExec:input_type -> vmruntime.agent.v1.ProcessRef
-	24, // 37: vmruntime.agent.v1.Agent.Signal:input_type -> vmruntime.agent.v1.SignalRequest
-	21, // 38: vmruntime.agent.v1.Agent.Wait:input_type -> vmruntime.agent.v1.ProcessRef
-	26, // 39: vmruntime.agent.v1.Agent.ReadOutput:input_type -> vmruntime.agent.v1.ReadOutputRequest
-	29, // 40: vmruntime.agent.v1.Agent.WriteStdin:input_type -> vmruntime.agent.v1.WriteStdinRequest
-	21, // 41: vmruntime.agent.v1.Agent.CloseStdin:input_type -> vmruntime.agent.v1.ProcessRef
-	31, // 42: vmruntime.agent.v1.Agent.ResizeTerminal:input_type -> vmruntime.agent.v1.ResizeTerminalRequest
-	32, // 43: vmruntime.agent.v1.Agent.List:input_type -> vmruntime.agent.v1.ListRequest
-	34, // 44: vmruntime.agent.v1.Agent.Stats:input_type -> vmruntime.agent.v1.StatsRequest
-	41, // 45: vmruntime.agent.v1.Agent.Dial:input_type -> vmruntime.agent.v1.DialRequest
-	43, // 46: vmruntime.agent.v1.Agent.ConnRead:input_type -> vmruntime.agent.v1.ConnReadRequest
-	45, // 47: vmruntime.agent.v1.Agent.ConnWrite:input_type -> vmruntime.agent.v1.ConnWriteRequest
-	46, // 48: vmruntime.agent.v1.Agent.ConnClose:input_type -> vmruntime.agent.v1.ConnCloseRequest
-	47, // 49: vmruntime.agent.v1.Agent.Shutdown:input_type -> vmruntime.agent.v1.ShutdownRequest
-	4,  // 50: vmruntime.agent.v1.Agent.Info:output_type -> vmruntime.agent.v1.InfoResponse
-	2,  // 51: vmruntime.agent.v1.Agent.ConfigureSandbox:output_type -> vmruntime.agent.v1.Empty
-	2,  // 52: vmruntime.agent.v1.Agent.PutFiles:output_type -> vmruntime.agent.v1.Empty
-	13, // 53: vmruntime.agent.v1.Agent.GetFile:output_type -> vmruntime.agent.v1.GetFileResponse
-	2,  // 54: vmruntime.agent.v1.Agent.MountShare:output_type -> vmruntime.agent.v1.Empty
-	2,  // 55: vmruntime.agent.v1.Agent.CreateContainer:output_type -> vmruntime.agent.v1.Empty
-	18, // 56: vmruntime.agent.v1.Agent.StartContainer:output_type -> vmruntime.agent.v1.StartContainerResponse
-	2,  // 57: vmruntime.agent.v1.Agent.UpdateContainer:output_type -> vmruntime.agent.v1.Empty
-	2,  // 58: vmruntime.agent.v1.Agent.RemoveContainer:output_type -> vmruntime.agent.v1.Empty
-	23, // 59: vmruntime.agent.v1.Agent.Exec:output_type -> vmruntime.agent.v1.ExecResponse
-	2,  // 60: vmruntime.agent.v1.Agent.RemoveExec:output_type -> vmruntime.agent.v1.Empty
-	2,  // 61: vmruntime.agent.v1.Agent.Signal:output_type -> vmruntime.agent.v1.Empty
-	25, // 62: vmruntime.agent.v1.Agent.Wait:output_type -> vmruntime.agent.v1.ProcessState
-	27, // 63: vmruntime.agent.v1.Agent.ReadOutput:output_type -> vmruntime.agent.v1.ReadOutputResponse
-	30, // 64: vmruntime.agent.v1.Agent.WriteStdin:output_type -> vmruntime.agent.v1.WriteStdinResponse
-	2,  // 65: vmruntime.agent.v1.Agent.CloseStdin:output_type -> vmruntime.agent.v1.Empty
-	2,  // 66: vmruntime.agent.v1.Agent.ResizeTerminal:output_type -> vmruntime.agent.v1.Empty
-	33, // 67: vmruntime.agent.v1.Agent.List:output_type -> vmruntime.agent.v1.ListResponse
-	35, // 68: vmruntime.agent.v1.Agent.Stats:output_type -> vmruntime.agent.v1.StatsResponse
-	42, // 69: vmruntime.agent.v1.Agent.Dial:output_type -> vmruntime.agent.v1.DialResponse
-	44, // 70: vmruntime.agent.v1.Agent.ConnRead:output_type -> vmruntime.agent.v1.ConnReadResponse
-	2,  // 71: vmruntime.agent.v1.Agent.ConnWrite:output_type -> vmruntime.agent.v1.Empty
-	2,  // 72: vmruntime.agent.v1.Agent.ConnClose:output_type -> vmruntime.agent.v1.Empty
-	2,  // 73: vmruntime.agent.v1.Agent.Shutdown:output_type -> vmruntime.agent.v1.Empty
-	50, // [50:74] is the sub-list for method output_type
-	26, // [26:50] is the sub-list for method input_type
-	26, // [26:26] is the sub-list for extension type_name
-	26, // [26:26] is the sub-list for extension extendee
-	0,  // [0:26] is the sub-list for field type_name
+	34, // 16: vmruntime.agent.v1.FreezeResponse.ends:type_name -> vmruntime.agent.v1.OutputEnd
+	5,  // 17: vmruntime.agent.v1.AdoptRequest.sandbox:type_name -> vmruntime.agent.v1.ConfigureSandboxRequest
+	37, // 18: vmruntime.agent.v1.AdoptRequest.hardware:type_name -> vmruntime.agent.v1.HardwareAddress
+	25, // 19: vmruntime.agent.v1.ListResponse.processes:type_name -> vmruntime.agent.v1.ProcessState
+	42, // 20: vmruntime.agent.v1.StatsResponse.containers:type_name -> vmruntime.agent.v1.ContainerStats
+	43, // 21: vmruntime.agent.v1.StatsResponse.guest:type_name -> vmruntime.agent.v1.CgroupStats
+	43, // 22: vmruntime.agent.v1.ContainerStats.cgroup:type_name -> vmruntime.agent.v1.CgroupStats
+	45, // 23: vmruntime.agent.v1.CgroupStats.cpu_pressure:type_name -> vmruntime.agent.v1.Pressure
+	45, // 24: vmruntime.agent.v1.CgroupStats.memory_pressure:type_name -> vmruntime.agent.v1.Pressure
+	45, // 25: vmruntime.agent.v1.CgroupStats.io_pressure:type_name -> vmruntime.agent.v1.Pressure
+	44, // 26: vmruntime.agent.v1.CgroupStats.disks:type_name -> vmruntime.agent.v1.DiskIO
+	46, // 27: vmruntime.agent.v1.Pressure.some:type_name -> vmruntime.agent.v1.PressureLine
+	46, // 28: vmruntime.agent.v1.Pressure.full:type_name -> vmruntime.agent.v1.PressureLine
+	3,  // 29: vmruntime.agent.v1.Agent.Info:input_type -> vmruntime.agent.v1.InfoRequest
+	5,  // 30: vmruntime.agent.v1.Agent.ConfigureSandbox:input_type -> vmruntime.agent.v1.ConfigureSandboxRequest
+	10, // 31: vmruntime.agent.v1.Agent.PutFiles:input_type -> vmruntime.agent.v1.PutFilesRequest
+	12, // 32: vmruntime.agent.v1.Agent.GetFile:input_type -> vmruntime.agent.v1.GetFileRequest
+	14, // 33: vmruntime.agent.v1.Agent.MountShare:input_type -> vmruntime.agent.v1.MountShareRequest
+	15, // 34: vmruntime.agent.v1.Agent.CreateContainer:input_type -> vmruntime.agent.v1.CreateContainerRequest
+	17, // 35: vmruntime.agent.v1.Agent.StartContainer:input_type -> vmruntime.agent.v1.StartContainerRequest
+	19, // 36: vmruntime.agent.v1.Agent.UpdateContainer:input_type -> vmruntime.agent.v1.UpdateContainerRequest
+	20, // 37: vmruntime.agent.v1.Agent.RemoveContainer:input_type -> vmruntime.agent.v1.RemoveContainerRequest
+	22, // 38: vmruntime.agent.v1.Agent.Exec:input_type -> vmruntime.agent.v1.ExecRequest
+	21, // 39: vmruntime.agent.v1.Agent.RemoveExec:input_type -> vmruntime.agent.v1.ProcessRef
+	24, // 40: vmruntime.agent.v1.Agent.Signal:input_type -> vmruntime.agent.v1.SignalRequest
+	21, // 41: vmruntime.agent.v1.Agent.Wait:input_type -> vmruntime.agent.v1.ProcessRef
+	26, // 42: vmruntime.agent.v1.Agent.ReadOutput:input_type -> vmruntime.agent.v1.ReadOutputRequest
+	29, // 43: vmruntime.agent.v1.Agent.WriteStdin:input_type -> vmruntime.agent.v1.WriteStdinRequest
+	21, // 44: vmruntime.agent.v1.Agent.CloseStdin:input_type -> vmruntime.agent.v1.ProcessRef
+	31, // 45: vmruntime.agent.v1.Agent.ResizeTerminal:input_type -> vmruntime.agent.v1.ResizeTerminalRequest
+	32, // 46: vmruntime.agent.v1.Agent.Freeze:input_type -> vmruntime.agent.v1.FreezeRequest
+	35, // 47: vmruntime.agent.v1.Agent.Thaw:input_type -> vmruntime.agent.v1.ThawRequest
+	36, // 48: vmruntime.agent.v1.Agent.Adopt:input_type -> vmruntime.agent.v1.AdoptRequest
+	38, // 49: vmruntime.agent.v1.Agent.List:input_type -> vmruntime.agent.v1.ListRequest
+	40, // 50: vmruntime.agent.v1.Agent.Stats:input_type -> vmruntime.agent.v1.StatsRequest
+	47, // 51: vmruntime.agent.v1.Agent.Dial:input_type -> vmruntime.agent.v1.DialRequest
+	49, // 52: vmruntime.agent.v1.Agent.ConnRead:input_type -> vmruntime.agent.v1.ConnReadRequest
+	51, // 53: vmruntime.agent.v1.Agent.ConnWrite:input_type -> vmruntime.agent.v1.ConnWriteRequest
+	52, // 54: vmruntime.agent.v1.Agent.ConnClose:input_type -> vmruntime.agent.v1.ConnCloseRequest
+	53, // 55: vmruntime.agent.v1.Agent.Shutdown:input_type -> vmruntime.agent.v1.ShutdownRequest
+	4,  // 56: vmruntime.agent.v1.Agent.Info:output_type -> vmruntime.agent.v1.InfoResponse
+	2,  // 57: vmruntime.agent.v1.Agent.ConfigureSandbox:output_type -> vmruntime.agent.v1.Empty
+	2,  // 58: vmruntime.agent.v1.Agent.PutFiles:output_type -> vmruntime.agent.v1.Empty
+	13, // 59: vmruntime.agent.v1.Agent.GetFile:output_type -> vmruntime.agent.v1.GetFileResponse
+	2,  // 60: vmruntime.agent.v1.Agent.MountShare:output_type -> vmruntime.agent.v1.Empty
+	2,  // 61: vmruntime.agent.v1.Agent.CreateContainer:output_type -> vmruntime.agent.v1.Empty
+	18, // 62: vmruntime.agent.v1.Agent.StartContainer:output_type -> vmruntime.agent.v1.StartContainerResponse
+	2,  // 63: vmruntime.agent.v1.Agent.UpdateContainer:output_type -> vmruntime.agent.v1.Empty
+	2,  // 64: vmruntime.agent.v1.Agent.RemoveContainer:output_type -> vmruntime.agent.v1.Empty
+	23, // 65: vmruntime.agent.v1.Agent.Exec:output_type -> vmruntime.agent.v1.ExecResponse
+	2,  // 66: vmruntime.agent.v1.Agent.RemoveExec:output_type -> vmruntime.agent.v1.Empty
+	2,  // 67: vmruntime.agent.v1.Agent.Signal:output_type -> vmruntime.agent.v1.Empty
+	25, // 68: vmruntime.agent.v1.Agent.Wait:output_type -> vmruntime.agent.v1.ProcessState
+	27, // 69: vmruntime.agent.v1.Agent.ReadOutput:output_type -> vmruntime.agent.v1.ReadOutputResponse
+	30, // 70: vmruntime.agent.v1.Agent.WriteStdin:output_type -> vmruntime.agent.v1.WriteStdinResponse
+	2,  // 71: vmruntime.agent.v1.Agent.CloseStdin:output_type -> vmruntime.agent.v1.Empty
+	2,  // 72: vmruntime.agent.v1.Agent.ResizeTerminal:output_type -> vmruntime.agent.v1.Empty
+	33, // 73: vmruntime.agent.v1.Agent.Freeze:output_type -> vmruntime.agent.v1.FreezeResponse
+	2,  // 74: vmruntime.agent.v1.Agent.Thaw:output_type -> vmruntime.agent.v1.Empty
+	2,  // 75: vmruntime.agent.v1.Agent.Adopt:output_type -> vmruntime.agent.v1.Empty
+	39, // 76: vmruntime.agent.v1.Agent.List:output_type -> vmruntime.agent.v1.ListResponse
+	41, // 77: vmruntime.agent.v1.Agent.Stats:output_type -> vmruntime.agent.v1.StatsResponse
+	48, // 78: vmruntime.agent.v1.Agent.Dial:output_type -> vmruntime.agent.v1.DialResponse
+	50, // 79: vmruntime.agent.v1.Agent.ConnRead:output_type -> vmruntime.agent.v1.ConnReadResponse
+	2,  // 80: vmruntime.agent.v1.Agent.ConnWrite:output_type -> vmruntime.agent.v1.Empty
+	2,  // 81: vmruntime.agent.v1.Agent.ConnClose:output_type -> vmruntime.agent.v1.Empty
+	2,  // 82: vmruntime.agent.v1.Agent.Shutdown:output_type -> vmruntime.agent.v1.Empty
+	56, // [56:83] is the sub-list for method output_type
+	29, // [29:56] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_agent_proto_init() }
@@ -3693,7 +4026,7 @@ func file_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_proto_rawDesc), len(file_agent_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   47,
+			NumMessages:   53,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -25,6 +25,9 @@ type AgentService interface {
 	WriteStdin(context.Context, *WriteStdinRequest) (*WriteStdinResponse, error)
 	CloseStdin(context.Context, *ProcessRef) (*Empty, error)
 	ResizeTerminal(context.Context, *ResizeTerminalRequest) (*Empty, error)
+	Freeze(context.Context, *FreezeRequest) (*FreezeResponse, error)
+	Thaw(context.Context, *ThawRequest) (*Empty, error)
+	Adopt(context.Context, *AdoptRequest) (*Empty, error)
 	List(context.Context, *ListRequest) (*ListResponse, error)
 	Stats(context.Context, *StatsRequest) (*StatsResponse, error)
 	Dial(context.Context, *DialRequest) (*DialResponse, error)
@@ -155,6 +158,27 @@ func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 					return nil, err
 				}
 				return svc.ResizeTerminal(ctx, &req)
+			},
+			"Freeze": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req FreezeRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Freeze(ctx, &req)
+			},
+			"Thaw": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req ThawRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Thaw(ctx, &req)
+			},
+			"Adopt": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req AdoptRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Adopt(ctx, &req)
 			},
 			"List": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req ListRequest
@@ -350,6 +374,30 @@ func (c *agentClient) CloseStdin(ctx context.Context, req *ProcessRef) (*Empty, 
 func (c *agentClient) ResizeTerminal(ctx context.Context, req *ResizeTerminalRequest) (*Empty, error) {
 	var resp Empty
 	if err := c.client.Call(ctx, "vmruntime.agent.v1.Agent", "ResizeTerminal", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentClient) Freeze(ctx context.Context, req *FreezeRequest) (*FreezeResponse, error) {
+	var resp FreezeResponse
+	if err := c.client.Call(ctx, "vmruntime.agent.v1.Agent", "Freeze", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentClient) Thaw(ctx context.Context, req *ThawRequest) (*Empty, error) {
+	var resp Empty
+	if err := c.client.Call(ctx, "vmruntime.agent.v1.Agent", "Thaw", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentClient) Adopt(ctx context.Context, req *AdoptRequest) (*Empty, error) {
+	var resp Empty
+	if err := c.client.Call(ctx, "vmruntime.agent.v1.Agent", "Adopt", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

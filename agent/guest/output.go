@@ -59,6 +59,8 @@ type output struct {
 	streams [2]stream
 	exited  time.Time
 	stopped bool
+	// cut is how far a frozen process's streams are given; nil while it is not frozen.
+	cut *[2]uint64
 }
 
 func newOutput(limit int64) *output {
@@ -158,7 +160,7 @@ func (o *output) draining() bool {
 func (o *output) finish() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.exited = time.Now()
+	o.exited, o.cut = time.Now(), nil
 	for i := range o.streams {
 		if f := o.streams[i].file; f != nil {
 			_ = f.SetReadDeadline(time.Now().Add(drainIdle))
@@ -173,7 +175,7 @@ func (o *output) finish() {
 // stop ends both streams at once and waits for their readers.
 func (o *output) stop() {
 	o.mu.Lock()
-	o.stopped = true
+	o.stopped, o.cut = true, nil
 	for i := range o.streams {
 		o.streams[i].open = o.streams[i].file != nil
 		if f := o.streams[i].file; f != nil {
@@ -280,12 +282,16 @@ func (o *output) forget(offsets [2]uint64) {
 func (o *output) beyond(offsets [2]uint64, limit int64) []*agentpb.OutputChunk {
 	var chunks []*agentpb.OutputChunk
 	for _, c := range o.chunks {
-		off := offsets[c.stream]
-		if off >= c.end() {
-			continue // read, and kept because it is not acknowledged
+		end := c.end()
+		if o.cut != nil {
+			end = min(end, o.cut[c.stream])
 		}
-		skip := max(off, c.offset) - c.offset
-		data := c.data[skip:]
+		off := max(offsets[c.stream], c.offset)
+		if off >= end {
+			continue // read, and kept because it is not acknowledged; or behind the cut
+		}
+		skip := off - c.offset
+		data := c.data[skip : end-c.offset]
 		if int64(len(data)) > limit {
 			if len(chunks) > 0 {
 				break
@@ -301,6 +307,23 @@ func (o *output) beyond(offsets [2]uint64, limit int64) []*agentpb.OutputChunk {
 		}
 	}
 	return chunks
+}
+
+// hold gives no more than what is there now, until release. It returns the ends.
+func (o *output) hold() [2]uint64 {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.cut == nil {
+		o.cut = &[2]uint64{o.streams[stdout].end, o.streams[stderr].end}
+	}
+	return *o.cut
+}
+
+func (o *output) release() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.cut = nil
+	o.announce()
 }
 
 func streamName(id int) string {

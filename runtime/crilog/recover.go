@@ -170,3 +170,20 @@ func (w *Writer) countLine(line []byte) {
 		}
 	}
 }
+
+// Begin writes the checkpoint file of a log that does not exist yet, whose streams begin at these offsets. One that is there
+// stays as it is.
+func Begin(checkpointFile string, at Offsets) error {
+	if _, err := os.Lstat(checkpointFile); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	b, err := json.Marshal(checkpoint{Offsets: at})
+	if err != nil {
+		return err
+	}
+	dir := filepath.Dir(checkpointFile)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	return renameio.WriteFile(checkpointFile, b, 0o600, renameio.WithTempDir(dir))
+}

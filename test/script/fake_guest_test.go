@@ -441,3 +441,15 @@ func (p *fakePort) Close() error {
 	}
 	return err
 }
+
+func (g *fakeGuest) Freeze(context.Context, *agentpb.FreezeRequest) (*agentpb.FreezeResponse, error) {
+	return nil, errdefs.ErrNotImplemented
+}
+
+func (g *fakeGuest) Thaw(context.Context, *agentpb.ThawRequest) (*agentpb.Empty, error) {
+	return nil, errdefs.ErrNotImplemented
+}
+
+func (g *fakeGuest) Adopt(context.Context, *agentpb.AdoptRequest) (*agentpb.Empty, error) {
+	return nil, errdefs.ErrNotImplemented
+}

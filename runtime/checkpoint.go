@@ -1,0 +1,445 @@
+package runtime
+
+import (
+	"bufio"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/vmruntime/vmruntime/agent/agentpb"
+	"github.com/vmruntime/vmruntime/qemu"
+	"github.com/vmruntime/vmruntime/runtime/archive"
+	"github.com/vmruntime/vmruntime/runtime/crilog"
+	"github.com/vmruntime/vmruntime/runtime/ocispec"
+)
+
+const (
+	// releaseTimeout bounds how long a pod may take to go on after a checkpoint.
+	releaseTimeout = 30 * time.Second
+	// drainPoll is how often it is looked whether the output of frozen containers has arrived.
+	drainPoll = 2 * time.Millisecond
+
+	// Streams of a checkpoint.
+	memoryStream  = "memory"
+	scratchStream = "scratch"
+)
+
+// checkpointManifest is what a checkpoint tells of its pod, beside the streams.
+type checkpointManifest struct {
+	Platform platform `json:"platform"`
+
+	VCPUs       int   `json:"vcpus"`
+	MemoryBytes int64 `json:"memoryBytes"`
+	ScratchSize int64 `json:"scratchSize"`
+	// Interfaces in the order of the VM's devices.
+	Interfaces []checkpointInterface `json:"interfaces"`
+	// Disks are the image disks in the order in which they were plugged.
+	Disks      []checkpointDisk                      `json:"disks"`
+	Pod        message[*runtimeapi.PodSandboxConfig] `json:"pod"`
+	Containers []checkpointContainer                 `json:"containers"`
+}
+
+// platform is what has to be the same where a checkpoint is restored.
+type platform struct {
+	Arch  string `json:"arch"`
+	Accel string `json:"accel"`
+	QEMU  string `json:"qemu"`
+	// CPU is empty where QEMU's version tells all of the processor.
+	CPU       string `json:"cpu,omitempty"`
+	Kernel    string `json:"kernel"`
+	Initramfs string `json:"initramfs"`
+	Cmdline   string `json:"cmdline"`
+}
+
+type checkpointInterface struct {
+	MAC string `json:"mac"`
+	MTU int    `json:"mtu"`
+}
+
+type checkpointDisk struct {
+	Serial string `json:"serial"`
+	// Image is what the disk was made from: a config digest or a reference.
+	Image string `json:"image"`
+}
+
+type checkpointContainer struct {
+	// GuestID is the container's name in the guest.
+	GuestID   string                                        `json:"guestID"`
+	Spec      containerSpec                                 `json:"spec"`
+	Resources *message[*runtimeapi.LinuxContainerResources] `json:"resources,omitempty"`
+	// Output is how much of the streams is in the log of the pod that was checkpointed.
+	Output crilog.Offsets `json:"output"`
+}
+
+// guestID is the container's name in the guest.
+func (c *container) guestID() string {
+	if r := c.rec.Spec().Restored; r != nil {
+		return r.GuestID
+	}
+	return c.id
+}
+
+// guestIDOf is what the guest calls a container.
+func (rt *Runtime) guestIDOf(id string) string {
+	if c, err := rt.containerByID(id); err == nil {
+		return c.guestID()
+	}
+	return id
+}
+
+func checkOptions(options map[string]string) error {
+	for key := range options {
+		return fmt.Errorf("options[%q]: there are no options for VM pods; leave it out: %w", key, errdefs.ErrInvalidArgument)
+	}
+	return nil
+}
+
+func checkDeadline(ctx context.Context) error {
+	if _, ok := ctx.Deadline(); !ok {
+		return fmt.Errorf("the call has no deadline; the CRI asks for one: %w", errdefs.ErrInvalidArgument)
+	}
+	return nil
+}
+
+// CheckpointPod writes a running pod into a directory. The pod stands still meanwhile, and goes on before the answer.
+func (rt *Runtime) CheckpointPod(ctx context.Context, req *runtimeapi.CheckpointPodRequest) (_ *runtimeapi.CheckpointPodResponse, err error) {
+	if err := errors.Join(checkOptions(req.GetOptions()), checkDeadline(ctx)); err != nil {
+		return nil, err
+	}
+	p, err := rt.podByID(req.GetPodSandboxId())
+	if err != nil {
+		return nil, err
+	}
+	selected, err := p.selected(req.GetContainerIds())
+	if err != nil {
+		return nil, err
+	}
+	w, err := archive.Create("output_path", req.GetOutputPath())
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, w.Close()) }()
+	return &runtimeapi.CheckpointPodResponse{}, p.checkpoint(ctx, selected, w)
+}
+
+// selected are the containers of the request, which have to be all that run.
+func (p *pod) selected(ids []string) ([]*container, error) {
+	if len(ids) == 0 {
+		return nil, fmt.Errorf("container_ids is empty; it must have the running containers of the pod: %w", errdefs.ErrInvalidArgument)
+	}
+	var out []*container
+	for _, id := range ids {
+		c, err := p.rt.containerByID(id)
+		switch {
+		case err != nil:
+			return nil, fmt.Errorf("container_ids: %w", err)
+		case c.pod != p:
+			return nil, fmt.Errorf("container_ids: container %s belongs to sandbox %s, not to %s: %w", c.id, c.pod.id, p.id, errdefs.ErrInvalidArgument)
+		case slices.Contains(out, c):
+			return nil, fmt.Errorf("container_ids: container %s is there twice: %w", c.id, errdefs.ErrInvalidArgument)
+		}
+		out = append(out, c)
+	}
+	return out, p.checkSelected(out)
+}
+
+// checkSelected refuses what cannot be checkpointed. A VM is captured whole: what runs in it has to be selected.
+func (p *pod) checkSelected(selected []*container) error {
+	for _, c := range p.rt.containersOf(p.id) {
+		running, listed := c.rec.Status().running(), slices.Contains(selected, c)
+		switch {
+		case listed && !running:
+			return fmt.Errorf("container %s is %s, not running: %w", c.id, stateName(c.rec.Status().state()), errdefs.ErrFailedPrecondition)
+		case running && !listed:
+			return fmt.Errorf("container %s runs too and is not in container_ids; a VM is checkpointed with all that runs in it: %w", c.id, errdefs.ErrFailedPrecondition)
+		case listed && c.isMachine():
+			return fmt.Errorf("container %s is a machine; only pods of containers can be checkpointed: %w", c.id, errdefs.ErrNotImplemented)
+		case running && c.shares():
+			return fmt.Errorf("container %s has volumes that are shared with the node by virtiofs, which holds state outside of the VM; it cannot be checkpointed: %w", c.id, errdefs.ErrFailedPrecondition)
+		}
+	}
+	if users, _ := ocispec.Users(p.config()); users != nil {
+		return fmt.Errorf("the pod has a user namespace, whose IDs are this node's; it cannot be checkpointed: %w", errdefs.ErrFailedPrecondition)
+	}
+	if p.rec.Status().Guest.Share != nil {
+		return fmt.Errorf("the pod had volumes that are shared with the node by virtiofs; it cannot be checkpointed: %w", errdefs.ErrFailedPrecondition)
+	}
+	return nil
+}
+
+// still keeps the pod's containers from being started, removed or changed. The order is that of start: containers, then pod.
+func (p *pod) still() (release func()) {
+	all := p.rt.containersOf(p.id)
+	slices.SortFunc(all, func(a, b *container) int { return strings.Compare(a.id, b.id) })
+	for _, c := range all {
+		c.life.Lock()
+	}
+	p.life.Lock()
+	return func() {
+		p.life.Unlock()
+		for _, c := range all {
+			c.life.Unlock()
+		}
+	}
+}
+
+func (p *pod) checkpoint(ctx context.Context, selected []*container, w *archive.Writer) error {
+	defer p.still()()
+	if err := errors.Join(ctx.Err(), p.checkSelected(selected)); err != nil {
+		return err
+	}
+	g := p.currentGuest()
+	if p.state() != runtimeapi.PodSandboxState_SANDBOX_READY || g == nil || !g.alive() {
+		return fmt.Errorf("sandbox %s does not run: %w", p.id, errdefs.ErrFailedPrecondition)
+	}
+	if s, err := g.vm.State(ctx); err != nil || s != stateRunning {
+		return errors.Join(err, fmt.Errorf("the VM of sandbox %s is %q; it must run: %w", p.id, s, errdefs.ErrFailedPrecondition))
+	}
+	m, err := p.describeCheckpoint(ctx, g, selected)
+	if err != nil {
+		return err
+	}
+	if err := p.update(func(s *podStatus) error { s.Capturing = true; return nil }); err != nil {
+		return err
+	}
+	err = p.capture(ctx, g, selected, m, w)
+	if err = errors.Join(err, g.release(ctx)); err != nil {
+		return fmt.Errorf("checkpoint sandbox %s: %w", p.id, err)
+	}
+	return w.Finish(m)
+}
+
+// describeCheckpoint fills in what does not need the pod to stand still.
+func (p *pod) describeCheckpoint(ctx context.Context, g *guest, selected []*container) (*checkpointManifest, error) {
+	spec, s := p.rec.Spec(), p.rec.Status()
+	accel, err := g.vm.Accel(ctx)
+	if err != nil {
+		return nil, err
+	}
+	m := &checkpointManifest{VCPUs: spec.VCPUs, MemoryBytes: spec.MemoryBytes, Pod: spec.Config}
+	if m.Platform, err = p.rt.platform(accel); err != nil {
+		return nil, err
+	}
+	if m.Platform.QEMU, err = runningQEMU(ctx, g.vm); err != nil {
+		return nil, err
+	}
+	for _, nic := range s.Network.Interfaces {
+		m.Interfaces = append(m.Interfaces, checkpointInterface{MAC: nic.MAC, MTU: nic.MTU})
+	}
+	for _, serial := range s.Guest.Disks {
+		ref := p.imageOf(serial)
+		if ref == "" {
+			return nil, fmt.Errorf("image disk %s is that of a container that was removed; what it was is not known any more: %w", serial, errdefs.ErrFailedPrecondition)
+		}
+		m.Disks = append(m.Disks, checkpointDisk{Serial: serial, Image: ref})
+	}
+	for _, c := range selected {
+		m.Containers = append(m.Containers, checkpointContainer{
+			GuestID: c.guestID(), Spec: c.rec.Spec(), Resources: c.rec.Status().Resources,
+		})
+	}
+	return m, nil
+}
+
+// imageOf finds the image that a disk was made from.
+func (p *pod) imageOf(serial string) string {
+	for _, c := range p.rt.containersOf(p.id) {
+		spec := c.rec.Spec()
+		if spec.Disk.Serial == serial {
+			return spec.ImageID
+		}
+		for _, v := range spec.Volumes {
+			for i, m := range spec.Mounts {
+				if v.Serial == serial && m.Via == viaImage && m.Name == v.Name {
+					return spec.Config.M.GetMounts()[i].GetImage().GetImage()
+				}
+			}
+		}
+	}
+	return ""
+}
+
+// capture freezes the containers, stops the VM, and writes its memory and disk. It leaves both as they are then.
+func (p *pod) capture(ctx context.Context, g *guest, selected []*container, m *checkpointManifest, w *archive.Writer) error {
+	if err := g.freeze(ctx, selected, m); err != nil {
+		return err
+	}
+	err := w.Stream(ctx, memoryStream, func(to io.Writer) error {
+		buffered := bufio.NewWriterSize(to, 1<<20)
+		return errors.Join(g.vm.SaveState(ctx, buffered), buffered.Flush())
+	})
+	if err != nil {
+		return err
+	}
+	disk, err := p.rt.images.OpenScratch(p.id)
+	if err != nil {
+		return err
+	}
+	defer disk.Close()
+	info, err := disk.Stat()
+	if err != nil {
+		return err
+	}
+	m.ScratchSize = info.Size()
+	if err := w.Stream(ctx, scratchStream, func(to io.Writer) error { return archive.WriteSparse(to, disk) }); err != nil {
+		return err
+	}
+	if s, err := g.vm.State(ctx); err != nil || s == stateRunning {
+		return errors.Join(err, fmt.Errorf("the VM was let go on meanwhile, to end what runs in it: %w", errdefs.ErrAborted))
+	}
+	return nil
+}
+
+// freeze stops the containers in the guest, which the saved state has so, and waits until all that they have written
+// has arrived: what is in the log is in no restored pod's again, and what is not is.
+func (g *guest) freeze(ctx context.Context, selected []*container, m *checkpointManifest) error {
+	client, err := g.session(ctx)
+	if err != nil {
+		return err
+	}
+	req := &agentpb.FreezeRequest{}
+	for _, c := range selected {
+		req.ContainerIds = append(req.ContainerIds, c.guestID())
+	}
+	resp, err := client.Freeze(ctx, req)
+	if err != nil {
+		return err
+	}
+	for i, c := range selected {
+		end := resp.GetEnds()[i]
+		if m.Containers[i].Output, err = c.drained(ctx, offsets{end.GetStdout(), end.GetStderr()}); err != nil {
+			return fmt.Errorf("container %s: its output does not arrive: %w", c.id, err)
+		}
+	}
+	return nil
+}
+
+// drained waits until the streams have come to their ends, and tells how much of them is in the log.
+func (c *container) drained(ctx context.Context, end offsets) (crilog.Offsets, error) {
+	for {
+		at := c.logs.cursor()
+		if at.next == end {
+			return crilog.Offsets{Stdout: at.safe.stdout, Stderr: at.safe.stderr}, nil
+		}
+		select {
+		case <-time.After(drainPoll):
+		case <-ctx.Done():
+			return crilog.Offsets{}, ctx.Err()
+		}
+	}
+}
+
+// release lets a VM that was stopped for a checkpoint and its containers go on, also after the call's deadline.
+func (g *guest) release(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), releaseTimeout)
+	defer cancel()
+	if !g.alive() {
+		return nil
+	}
+	if err := g.vm.Resume(ctx); err != nil {
+		return fmt.Errorf("let the VM go on: %w", err)
+	}
+	client, err := g.session(ctx)
+	if err == nil {
+		_, err = client.Thaw(ctx, &agentpb.ThawRequest{})
+	}
+	if err != nil {
+		return fmt.Errorf("let the containers go on: %w", err)
+	}
+	return g.pod.update(func(s *podStatus) error { s.Capturing = false; return nil })
+}
+
+// releaseLeft lets go on what a daemon that was killed during a checkpoint has left stopped.
+func (g *guest) releaseLeft(ctx context.Context) {
+	if !g.pod.rec.Status().Capturing {
+		return
+	}
+	if err := g.release(ctx); err != nil {
+		g.log.Error("letting a pod go on whose checkpoint was cut off", "error", err)
+	}
+}
+
+// platform tells what this node restores, and saves under its present QEMU.
+func (rt *Runtime) platform(accel string) (platform, error) {
+	img := rt.guestImage
+	out := platform{Arch: img.Arch, Accel: accel, Cmdline: img.Cmdline}
+	var err error
+	if out.Kernel, err = hashFile(filepath.Join(img.dir, img.Kernel)); err != nil {
+		return out, err
+	}
+	if out.Initramfs, err = hashFile(filepath.Join(img.dir, img.Initramfs)); err != nil {
+		return out, err
+	}
+	if accel == qemu.AccelKVM {
+		out.CPU, err = hostCPU()
+	}
+	return out, err
+}
+
+func hashFile(path string) (string, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	sum := sha256.New()
+	_, err = io.Copy(sum, f)
+	return hex.EncodeToString(sum.Sum(nil)), err
+}
+
+// hostCPU is what a guest sees of the node's processor under KVM: model and features of the first one.
+func hostCPU() (string, error) {
+	data, err := os.ReadFile("/proc/cpuinfo")
+	if err != nil {
+		return "", err
+	}
+	var out []string
+	first, _, _ := strings.Cut(string(data), "\n\n")
+	for line := range strings.Lines(first) {
+		key, value, _ := strings.Cut(line, ":")
+		switch strings.TrimSpace(key) {
+		case "model name", "flags", "Features", "CPU part":
+			out = append(out, strings.TrimSpace(value))
+		}
+	}
+	sum := sha256.Sum256([]byte(strings.Join(out, "\n")))
+	return out[0] + " " + hex.EncodeToString(sum[:8]), nil
+}
+
+func runningQEMU(ctx context.Context, vm *qemu.VM) (string, error) {
+	var v struct {
+		QEMU struct{ Major, Minor, Micro int } `json:"qemu"`
+	}
+	if err := vm.Monitor().Execute(ctx, "query-version", nil, &v); err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("%d.%d.%d", v.QEMU.Major, v.QEMU.Minor, v.QEMU.Micro), nil
+}
+
+var qemuVersion = regexp.MustCompile(`version (\d+\.\d+\.\d+)`)
+
+// installedQEMU is the version that the next VM will have.
+func (rt *Runtime) installedQEMU(ctx context.Context) (string, error) {
+	out, err := exec.CommandContext(ctx, rt.cfg.QEMU.Binary, "--version").Output()
+	if err != nil {
+		return "", fmt.Errorf("%s --version: %w", rt.cfg.QEMU.Binary, err)
+	}
+	m := qemuVersion.FindSubmatch(out)
+	if m == nil {
+		return "", fmt.Errorf("%s --version tells no version: %q", rt.cfg.QEMU.Binary, out)
+	}
+	return string(m[1]), nil
+}
