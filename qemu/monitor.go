@@ -332,6 +332,9 @@ func (m *Monitor) send(ctx context.Context, cmd map[string]any, files []*os.File
 	if err == nil && n < len(data) {
 		_, err = m.conn.Write(data[n:])
 	}
+	if errors.Is(err, os.ErrDeadlineExceeded) && n == 0 {
+		return fmt.Errorf("write to QMP: %w", context.DeadlineExceeded) // nothing of it was written
+	}
 	if err != nil {
 		return errors.Join(fmt.Errorf("write to QMP: %w: %w", err, errdefs.ErrUnavailable), m.conn.Close())
 	}

@@ -340,8 +340,8 @@ func sameProcess(was, is *specs.Spec) error {
 		{"user", a.Process.User, b.Process.User},
 		{"tty", a.Process.Terminal, b.Process.Terminal},
 		{"process", a.Process, b.Process},
-		{"mounts", a.Mounts, b.Mounts},
 		{"root", a.Root, b.Root},
+		{"mounts", a.Mounts, b.Mounts},
 		{"linux settings", a.Linux, b.Linux},
 	} {
 		x, err := json.Marshal(f.was)
