@@ -166,6 +166,8 @@ func validateAppArmor(profile *runtimeapi.SecurityProfile, older string) []error
 	return nil
 }
 
+// validateMount lets image_sub_path be without an image: beside a volume that is an image, the kubelet also sets it for the
+// other mounts of a container that have a subPath, whose host_path it is part of already.
 func validateMount(i int, m *runtimeapi.Mount, privileged bool) []error {
 	var errs []error
 	bad := func(format string, args ...any) {
@@ -176,9 +178,6 @@ func validateMount(i int, m *runtimeapi.Mount, privileged bool) []error {
 	}
 	if (m.GetHostPath() != "") == isImage(m) {
 		bad("host_path is %q and image is %q; one of them must be set", m.GetHostPath(), m.GetImage().GetImage())
-	}
-	if m.GetImageSubPath() != "" && !isImage(m) {
-		bad("image_sub_path is %q without an image; it must be empty", m.GetImageSubPath())
 	}
 	if m.GetRecursiveReadOnly() && !m.GetReadonly() {
 		bad("recursive_read_only is set without readonly; set both")

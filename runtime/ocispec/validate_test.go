@@ -132,7 +132,7 @@ func TestValidateContainer(t *testing.T) {
 		{"mount of the root", mount(&runtimeapi.Mount{ContainerPath: "/x/..", HostPath: "/h"}), "must not be the root"},
 		{"mount of nothing", mount(&runtimeapi.Mount{ContainerPath: "/x"}), "one of them must be set"},
 		{"mount of two", mount(&runtimeapi.Mount{ContainerPath: "/x", HostPath: "/h", Image: &runtimeapi.ImageSpec{Image: "i"}}), "one of them must be set"},
-		{"sub path without image", mount(&runtimeapi.Mount{ContainerPath: "/x", HostPath: "/h", ImageSubPath: "s"}), "without an image"},
+		{"sub path without image", mount(&runtimeapi.Mount{ContainerPath: "/x", HostPath: "/h", ImageSubPath: "s"}), ""},
 		{"rro of rw", mount(&runtimeapi.Mount{ContainerPath: "/x", HostPath: "/h", RecursiveReadOnly: true}), "without readonly"},
 		{"rro that propagates", mount(&runtimeapi.Mount{
 			ContainerPath: "/x", HostPath: "/h", Readonly: true, RecursiveReadOnly: true,
