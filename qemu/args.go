@@ -40,7 +40,7 @@ const (
 type Descriptors struct {
 	QMP, Agent int   // listening sockets
 	Disks      []int // one for each of Machine.Disks
-	NICs       []int // taps, one for each of Machine.NICs
+	NICs       []int // taps, one for each of Machine.NICs that is connected
 
 	Memory     int   // a file, unless Machine.Memory is MemoryOwn
 	GuestAgent int   // a listening socket, if Machine.GuestAgent
@@ -128,7 +128,7 @@ func (m Machine) memory(fds Descriptors) props {
 	if m.Memory != MemoryOwn {
 		return props{
 			"qom-type": "memory-backend-file", "id": "mem", "size": m.MemoryBytes,
-			"mem-path": fmt.Sprintf("%s/%d", fdPath, fds.Memory), "share": m.Memory == MemoryShared,
+			"mem-path": fmt.Sprintf("%s/%d", fdPath, fds.Memory), "share": m.Memory != MemoryPrivate,
 		}
 	}
 	p := props{"qom-type": "memory-backend-memfd", "id": "mem", "size": m.MemoryBytes, "share": true}

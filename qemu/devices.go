@@ -109,9 +109,13 @@ func (m Machine) addDisks(o *options, fds Descriptors) {
 }
 
 func (m Machine) addNICs(o *options, fds Descriptors) {
+	taps := fds.NICs
 	for i, n := range m.NICs {
-		o.add("-netdev", props{"type": "tap", "id": n.ID, "fd": strconv.Itoa(fds.NICs[i])})
 		dev := n.device()
+		if !n.Unconnected {
+			o.add("-netdev", props{"type": "tap", "id": n.ID, "fd": strconv.Itoa(taps[0])})
+			dev["netdev"], taps = n.ID, taps[1:]
+		}
 		if m.Type != "" {
 			dev["addr"] = fmt.Sprintf("%x", nicSlot+i)
 		}
@@ -228,7 +232,7 @@ func (d Disk) device() props {
 
 func (n NIC) device() props {
 	// The option ROM is for booting from the network.
-	p := pciDevice("virtio-net-pci", "nic-"+n.ID, props{"netdev": n.ID, "mac": n.MAC, "romfile": ""})
+	p := pciDevice("virtio-net-pci", "nic-"+n.ID, props{"mac": n.MAC, "romfile": ""})
 	if n.MTU > 0 {
 		p["host_mtu"] = n.MTU
 	}

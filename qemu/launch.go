@@ -26,6 +26,8 @@ type job struct {
 	Argv []string `json:"argv"` // Argv[0] is an absolute path
 	// Confine, if there, takes away what the program has no need of.
 	Confine *confinement `json:"confine,omitempty"`
+	// Memory, if there, is replaced by a copy.
+	Memory *memoryCopy `json:"memory,omitempty"`
 	// ServesFiles says that the program is virtiofsd, and the launcher in a user namespace that is not the node's.
 	ServesFiles bool `json:"servesFiles,omitempty"`
 }
@@ -80,6 +82,11 @@ func runJob() error {
 	}
 	if err := limits(); err != nil {
 		return err
+	}
+	if j.Memory != nil {
+		if err := j.Memory.run(); err != nil {
+			return fmt.Errorf("copy the memory: %w", err)
+		}
 	}
 	if j.ServesFiles {
 		if err := serveFiles(); err != nil {

@@ -61,6 +61,7 @@ const (
 	MemoryOwn     = ""        // made by QEMU, and gone with it
 	MemoryShared  = "shared"  // Spec.Memory itself: what the guest writes is in the file
 	MemoryPrivate = "private" // Spec.Memory copy-on-write: what the guest writes is its own. No share can be plugged.
+	MemoryCopied  = "copied"  // a copy of Spec.Memory, made in the VM's cgroup before QEMU runs
 )
 
 // Values of Disk.Bus.
@@ -93,7 +94,7 @@ type Machine struct {
 	// MemoryBytes is the guest's memory, a multiple of 1 MiB; 256 MiB by default. It is shared memory, so that
 	// vhost-user devices can be plugged at any time, but with MemoryPrivate.
 	MemoryBytes int64
-	// Memory is MemoryOwn, MemoryShared or MemoryPrivate.
+	// Memory is MemoryOwn, MemoryShared, MemoryPrivate or MemoryCopied.
 	Memory string
 	// Incoming begins the machine with Spec.State instead of a boot: saved by SaveState with MemoryOwn, by SaveDevices otherwise. Start
 	// returns when it is loaded; the guest goes on with VM.Resume. Accelerator, processors, memory's size and
@@ -181,6 +182,18 @@ type NIC struct {
 	MAC string
 	// MTU is told to the guest; 0 tells none.
 	MTU int
+	// Unconnected interfaces have no tap.
+	Unconnected bool
+}
+
+// connected counts the interfaces that have a tap.
+func (m Machine) connected() (n int) {
+	for _, nic := range m.NICs {
+		if !nic.Unconnected {
+			n++
+		}
+	}
+	return n
 }
 
 // Defaults returns the machine with empty fields filled.
@@ -248,7 +261,8 @@ func (m Machine) validateSystem(p *problems) {
 	p.rule(slices.Contains([]string{"", VideoStd, VideoVirtio}, m.Video), "machine.video", m.Video, "empty, std or virtio")
 	p.rule(slices.Contains([]string{"", WatchdogReset, WatchdogPoweroff, WatchdogPause, WatchdogNMI}, m.Watchdog),
 		"machine.watchdog", m.Watchdog, "empty, reset, poweroff, pause or inject-nmi")
-	p.rule(slices.Contains([]string{MemoryOwn, MemoryShared, MemoryPrivate}, m.Memory), "machine.memory", m.Memory, "empty, shared or private")
+	p.rule(slices.Contains([]string{MemoryOwn, MemoryShared, MemoryPrivate, MemoryCopied}, m.Memory),
+		"machine.memory", m.Memory, "empty, shared, private or copied")
 	p.rule(m.Memory == MemoryOwn || huge == 0, "machine.hugePageBytes", huge, "0 with memory that is handed over")
 	p.rule(m.Memory != MemoryPrivate || len(m.Shares) == 0, "machine.shares", len(m.Shares), "none with private memory")
 	p.rule(m.TPMSocket == "" || filepath.IsAbs(m.TPMSocket), "machine.tpmSocket", m.TPMSocket, "empty or an absolute path")

@@ -68,7 +68,7 @@ func TestArgsGolden(t *testing.T) {
 		Disks: []Disk{{Serial: "root", Path: "/o", Format: "qcow2", Backing: &Backing{"/disk.img", "raw"}, Bus: BusVirtio, BootIndex: 1}},
 	}
 	made, clone, restored := pod(), pod(), pod()
-	made.Memory = MemoryShared
+	made.Memory, made.NICs[0].Unconnected = MemoryShared, true
 	clone.Memory, clone.Incoming = MemoryPrivate, true
 	restored.Incoming = true
 	memoryFDs := podFDs
@@ -115,7 +115,7 @@ func TestValidate(t *testing.T) {
 		"kernel":                 {func(m *Machine) { m.Kernel = "k" }, []string{`machine.kernel is "k"; it has to be an absolute path`}},
 		"cpu":                    {func(m *Machine) { m.CPUModel = "max -evil" }, []string{"machine.cpuModel"}},
 		"memory":                 {func(m *Machine) { m.MemoryBytes = 100<<20 + 1 }, []string{"a multiple of 1 MiB"}},
-		"memory's kind":          {func(m *Machine) { m.Memory = "mine" }, []string{`machine.memory is "mine"; it has to be empty, shared or private`}},
+		"memory's kind":          {func(m *Machine) { m.Memory = "mine" }, []string{`machine.memory is "mine"; it has to be empty, shared, private or copied`}},
 		"huge pages handed over": {func(m *Machine) { m.Memory, m.HugePageBytes = MemoryShared, 2<<20 }, []string{"machine.hugePageBytes"}},
 		"share of private memory": {func(m *Machine) { m.Memory, m.Shares = MemoryPrivate, []Share{{Tag: "a", Socket: "/s"}} }, []string{
 			`machine.shares is "1"; it has to be none with private memory`,

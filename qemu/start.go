@@ -42,10 +42,10 @@ type Spec struct {
 	RunDir string
 	// UID and GID are the VM's own, never 0.
 	UID, GID uint32
-	// Taps are one for each NIC of the machine. They stay the caller's.
+	// Taps are one for each NIC of the machine that is connected. They stay the caller's.
 	Taps []*os.File
-	// Memory is a file of Machine.MemoryBytes that the guest's memory is, or begins with; see Machine.Memory. For MemoryPrivate a memfd
-	// that is sealed against writing is right. It stays the caller's.
+	// Memory is a file of Machine.MemoryBytes that the guest's memory is, or begins with; see Machine.Memory. For MemoryPrivate and
+	// MemoryCopied a memfd that is sealed against writing is right. It stays the caller's.
 	Memory *os.File
 	// State is what a machine that is Incoming begins with.
 	State io.Reader
@@ -59,9 +59,9 @@ func (s Spec) validate() error {
 	var p problems
 	p.rule(s.UID != 0, "uid", s.UID, "another user than root")
 	p.rule(s.GID != 0, "gid", s.GID, "another group than root's")
-	p.rule(len(s.Taps) == len(s.Machine.NICs), "taps", len(s.Taps), fmt.Sprintf("%d, one for each NIC", len(s.Machine.NICs)))
+	p.rule(len(s.Taps) == s.Machine.connected(), "taps", len(s.Taps), fmt.Sprintf("%d, one for each NIC", s.Machine.connected()))
 	p.rule(filepath.IsAbs(s.RunDir), "runDir", s.RunDir, "an absolute path")
-	p.rule((s.Memory != nil) == (s.Machine.Memory != MemoryOwn), "memory", s.Memory != nil, "a file exactly if the machine's memory is shared or private")
+	p.rule((s.Memory != nil) == (s.Machine.Memory != MemoryOwn), "memory", s.Memory != nil, "a file exactly if the machine's memory is not its own")
 	p.rule((s.State != nil) == s.Machine.Incoming, "state", s.State != nil, "there exactly if the machine is incoming")
 	return errors.Join(append(p, s.Machine.Validate())...)
 }
@@ -326,8 +326,13 @@ func (s Spec) job(fds Descriptors) (job, error) {
 	if err := os.MkdirAll(root, 0o700); err != nil {
 		return job{}, err
 	}
+	var copied *memoryCopy
+	if s.Machine.Memory == MemoryCopied {
+		copied = &memoryCopy{FD: fds.Memory, Bytes: s.Machine.MemoryBytes}
+	}
 	return job{
-		Argv: append([]string{binary}, s.Machine.Args(fds)...),
+		Memory: copied,
+		Argv:   append([]string{binary}, s.Machine.Args(fds)...),
 		Confine: &confinement{
 			UID: s.UID, GID: s.GID, Root: root, Binds: binds, KVM: s.Machine.Accel == AccelKVM, FDs: s.Machine.Memory != MemoryOwn,
 		},

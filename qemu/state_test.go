@@ -96,6 +96,7 @@ func TestTemplateAndClones(t *testing.T) {
 	m.Memory = MemoryPrivate
 	one := incoming(t, m, memory, state.Bytes(), diskFile(t, "one"))
 	one.do("write /kept of-the-first")
+	m.Memory = MemoryCopied
 	two := incoming(t, m, memory, state.Bytes(), diskFile(t, "two"))
 	for _, tc := range []struct {
 		g         *guest

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -128,36 +127,47 @@ func nodeBootID() string {
 }
 
 // proveKVM boots the guest under KVM until its agent answers.
-func (rt *Runtime) proveKVM(ctx context.Context) (err error) {
-	const name = "accel-proof"
-	dir, group := filepath.Join(rt.cfg.Server.State, name), cgroup.For("/", name)
-	// One that was cut short by the end of its daemon.
+func (rt *Runtime) proveKVM(ctx context.Context) error {
+	m := rt.guestImage.machine(accelKVM)
+	m.Name = "vmruntime-accel-proof"
+	m.VCPUs, m.MemoryBytes = 1, 128<<20
+	return rt.withOwnVM(ctx, "accel-proof", qemu.Spec{Machine: m}, func(vm *qemu.VM) error {
+		client, err := agent.Dial(ctx, vm.AgentSocket())
+		if err != nil {
+			return err
+		}
+		_, err = client.Info(ctx, &agentpb.InfoRequest{})
+		return errors.Join(err, client.Close())
+	})
+}
+
+// withOwnVM runs a VM that is no pod's for as long as use takes. One of the same name that an earlier daemon has left is ended
+// first; two of one name never run at once.
+func (rt *Runtime) withOwnVM(ctx context.Context, name string, s qemu.Spec, use func(*qemu.VM) error) (err error) {
+	dir, group := filepath.Join(rt.cfg.Server.State, name), rt.ownGroup(name)
 	if err := errors.Join(group.Kill(ctx), os.RemoveAll(dir)); err != nil {
 		return err
 	}
-	if err := os.MkdirAll(dir, 0o711); err != nil && !errors.Is(err, fs.ErrExist) {
+	if err := os.MkdirAll(dir, 0o711); err != nil {
 		return err
 	}
-	m := rt.guestImage.machine(accelKVM)
-	m.Name, m.UUID = "vmruntime-accel-proof", uuidOf(newID())
-	m.VCPUs, m.MemoryBytes = 1, 128<<20
-	uid := rt.cfg.QEMU.UIDBase + rt.cfg.QEMU.UIDCount
-	vm, err := qemu.Start(ctx, qemu.Spec{
-		Machine: m, Binary: rt.cfg.QEMU.Binary, Launcher: rt.launcher, RunDir: dir, UID: uid, GID: uid,
-		Place: group.Add,
-	})
+	defer func() { err = errors.Join(err, group.Delete(), os.RemoveAll(dir)) }()
+	s.Binary, s.Launcher, s.RunDir, s.Place = rt.cfg.QEMU.Binary, rt.launcher, dir, group.Add
+	s.UID = rt.cfg.QEMU.UIDBase + rt.cfg.QEMU.UIDCount
+	s.GID = s.UID
+	vm, err := qemu.Start(ctx, s)
 	if err != nil {
-		return errors.Join(err, group.Delete(), os.RemoveAll(dir))
+		return err
 	}
 	defer func() {
 		kill, cancel := context.WithTimeout(context.WithoutCancel(ctx), teardownTimeout)
 		defer cancel()
-		err = errors.Join(err, vm.Kill(kill), vm.Close(), group.Delete(), os.RemoveAll(dir))
+		err = errors.Join(err, vm.Kill(kill), vm.Close())
 	}()
-	client, err := agent.Dial(ctx, vm.AgentSocket())
-	if err != nil {
-		return err
-	}
-	_, err = client.Info(ctx, &agentpb.InfoRequest{})
-	return errors.Join(err, client.Close())
+	return use(vm)
+}
+
+// ownGroup is the cgroup of a VM that is no pod's. Daemons with different state have different ones.
+func (rt *Runtime) ownGroup(name string) cgroup.Group {
+	return cgroup.For("/", "vmruntime-"+name+"-"+sum([]byte(rt.cfg.Server.State))[:16])
 }

@@ -41,6 +41,7 @@ type Config struct {
 	VM         VMConfig         `toml:"vm" comment:"Which pods become VMs, and how large."`
 	QEMU       QEMUConfig       `toml:"qemu" comment:"The programs on the host that a VM consists of."`
 	Guest      GuestConfig      `toml:"guest" comment:"What boots in a VM."`
+	Template   TemplateConfig   `toml:"template" comment:"Guests that have booted already, as copies of which container VMs begin."`
 	Network    NetworkConfig    `toml:"network" comment:"CNI, as in containerd's own configuration."`
 	Cgroup     CgroupConfig     `toml:"cgroup" comment:"Control groups of the host."`
 	Metrics    MetricsConfig    `toml:"metrics" comment:"Figures of the daemon for Prometheus."`
@@ -81,12 +82,19 @@ type QEMUConfig struct {
 	Virtiofsd string `toml:"virtiofsd" comment:"Serves directories of the host to a VM. Empty: the first of /usr/libexec/virtiofsd, /usr/lib/virtiofsd,\n/usr/lib/qemu/virtiofsd and /usr/bin/virtiofsd that is there."`
 	Swtpm     string `toml:"swtpm" comment:"The program that emulates a TPM for machines that ask for one."`
 	UIDBase   uint32 `toml:"uid_base" comment:"Every VM runs as a user and group ID of its own, from this one on. They should belong to nobody else on the node."`
-	UIDCount  uint32 `toml:"uid_count" comment:"How many such IDs there are, so how many VM pods. The one after them is the acceleration proof's."`
+	UIDCount  uint32 `toml:"uid_count" comment:"How many such IDs there are, so how many VM pods. The one after them is that of VMs that are no pod's."`
 }
 
 // GuestConfig is the section [guest].
 type GuestConfig struct {
 	Dir string `toml:"dir" comment:"What make guest built: kernel, initramfs and manifest.json."`
+}
+
+// TemplateConfig is the section [template].
+type TemplateConfig struct {
+	Enabled bool   `toml:"enabled" comment:"Whether container VMs begin as copies of templates. Without one, and while one is made, they boot."`
+	Share   string `toml:"share" comment:"Which pods share the pages of a template's memory that they have not written to: none (off), those of one namespace\n(namespace), or all (node). Shared pages save memory. Their timing tells a pod what others have read, and a VM with shared\npages can get no shared directory once one of its containers has started; see docs/templates.md."`
+	MaxSize Size   `toml:"max_size" comment:"How much all templates may take, in memory and on disk each. The least recently used go first."`
 }
 
 // NetworkConfig is the section [network].
@@ -179,9 +187,10 @@ func defaultConfig(goarch string) Config {
 			UIDBase:  200000,
 			UIDCount: 65536,
 		},
-		Guest:   GuestConfig{Dir: "/usr/lib/vmruntime/guest"},
-		Network: NetworkConfig{ConfDir: "/etc/cni/net.d", BinDirs: []string{"/opt/cni/bin"}},
-		Cgroup:  CgroupConfig{Driver: "auto"},
+		Template: TemplateConfig{Share: shareOff, MaxSize: 2 << 30},
+		Guest:    GuestConfig{Dir: "/usr/lib/vmruntime/guest"},
+		Network:  NetworkConfig{ConfDir: "/etc/cni/net.d", BinDirs: []string{"/opt/cni/bin"}},
+		Cgroup:   CgroupConfig{Driver: "auto"},
 	}
 }
 
@@ -278,6 +287,8 @@ func (c Config) Validate() error {
 	c.VM.validate(&v)
 	c.QEMU.validate(&v)
 	v.path("guest.dir", c.Guest.Dir)
+	v.oneOf("template.share", c.Template.Share, shareOff, shareNamespace, shareNode)
+	v.rule(c.Template.MaxSize >= 0, "template.max_size", c.Template.MaxSize, "not negative")
 	v.path("network.conf_dir", c.Network.ConfDir)
 	v.rule(len(c.Network.BinDirs) > 0, "network.bin_dirs", c.Network.BinDirs, "at least one directory")
 	for i, dir := range c.Network.BinDirs {

@@ -123,11 +123,7 @@ func (rt *Runtime) StartContainer(ctx context.Context, req *runtimeapi.StartCont
 
 // start brings what the container needs into the guest and runs it. The caller holds life.
 func (c *container) start(ctx context.Context) error {
-	g, err := c.pod.runningGuest(ctx)
-	if err != nil {
-		return err
-	}
-	client, err := g.session(ctx)
+	g, client, err := c.guestSession(ctx)
 	if err != nil {
 		return err
 	}
@@ -151,6 +147,21 @@ func (c *container) start(ctx context.Context) error {
 	c.rt.containerEvent(c, runtimeapi.ContainerEventType_CONTAINER_STARTED_EVENT)
 	c.watch(g)
 	return nil
+}
+
+// guestSession waits for a guest that answers. One that began as a template and never answered is replaced by one that boots.
+func (c *container) guestSession(ctx context.Context) (*guest, agentClient, error) {
+	for {
+		g, err := c.pod.runningGuest(ctx, c.shares())
+		if err != nil {
+			return nil, nil, err
+		}
+		client, err := g.session(ctx)
+		if err == nil || !g.wasBadCopy() {
+			return g, client, err
+		}
+		g.log.Warn("the template is of no use; the guest boots instead", "error", err)
+	}
 }
 
 // run makes and starts the container in the guest, and leaves nothing of it there when that fails.

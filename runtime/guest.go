@@ -44,10 +44,12 @@ type guest struct {
 	// told says that the guest is to end, so that its end is no failure.
 	told atomic.Bool
 
-	mu      sync.Mutex
-	client  *agent.Client
-	failure error         // why the guest is no more
-	changed chan struct{} // closed and replaced when client or failure change
+	mu       sync.Mutex
+	answered bool // there was a session
+	badCopy  bool // it began as a template, and ended before there was one
+	client   *agent.Client
+	failure  error         // why the guest is no more
+	changed  chan struct{} // closed and replaced when client or failure change
 
 	plug  sync.Mutex        // held while devices are added
 	share *qemu.ShareServer // started by this daemon; plug guards it
@@ -166,6 +168,7 @@ func (g *guest) configure(ctx context.Context, client *agent.Client) error {
 	if _, err := rand.Read(req.Entropy); err != nil {
 		return err
 	}
+	req.Restored = g.pod.rec.Status().Guest.Template != ""
 	req.TimeUnixNano = time.Now().UnixNano()
 	if _, err := client.ConfigureSandbox(ctx, req); err != nil {
 		return err
@@ -187,9 +190,28 @@ func (g *guest) endOf(ctx context.Context, err error) {
 	} else if err = g.vm.Err(); err == nil {
 		err = errors.New("QEMU was told to quit")
 	}
+	g.judgeTemplate()
 	g.countBoot(err)
 	g.log.Warn("the guest ended", "error", err)
 	g.publish(nil, err)
+}
+
+// judgeTemplate gives up the template of a guest that ends without having answered.
+func (g *guest) judgeTemplate() {
+	key := g.pod.rec.Status().Guest.Template
+	g.mu.Lock()
+	g.badCopy = key != "" && !g.answered && !g.began.IsZero()
+	bad := g.badCopy
+	g.mu.Unlock()
+	if bad {
+		g.pod.rt.templates.drop(key)
+	}
+}
+
+func (g *guest) wasBadCopy() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.badCopy
 }
 
 // ends tells whether QEMU is gone, or about to be: its sockets close a moment before its process ends.
@@ -213,6 +235,7 @@ func (g *guest) publish(c *agent.Client, failure error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.client = c
+	g.answered = g.answered || c != nil
 	if failure != nil {
 		g.failure = failure
 	}

@@ -89,7 +89,7 @@ func (c *container) bootMachine(ctx context.Context) (*guest, error) {
 	if err := c.startBeside(ctx, asked, files, parts, &m); err != nil {
 		return nil, errors.Join(err, parts.close())
 	}
-	g, err := p.launch(ctx, m, parts)
+	g, err := p.launch(ctx, m, parts, nil)
 	if err != nil {
 		return nil, errors.Join(err, parts.close())
 	}

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -151,8 +152,9 @@ func (p *pod) networkRequest() network.Request {
 	return req
 }
 
-// boot starts a guest of ours in the sandbox. The caller holds life.
-func (p *pod) boot(ctx context.Context) (*guest, error) {
+// boot starts a guest of ours in the sandbox, as a copy of a template if there is one; sharing says that it will get a shared
+// directory. The caller holds life.
+func (p *pod) boot(ctx context.Context, sharing bool) (*guest, error) {
 	// Our guest is told its addresses by its agent. A machine before it may have left its guards.
 	if err := p.rt.net.Unguard(p.rec.Status().Network); err != nil {
 		return nil, err
@@ -164,13 +166,23 @@ func (p *pod) boot(ctx context.Context) (*guest, error) {
 	if err != nil {
 		return nil, err
 	}
-	return p.launch(ctx, machine, nil)
+	if t := p.rt.templates.take(machine, p.config().GetMetadata().GetNamespace()); t != nil {
+		defer t.Close()
+		g, err := p.launch(ctx, t.clone(machine, p.rt.cfg.Template.Share, sharing), nil, t)
+		if err == nil {
+			return g, nil
+		}
+		p.log.Warn("no guest begins as this template; one boots instead", "template", t.key, "error", err)
+		p.rt.templates.drop(t.key)
+	}
+	return p.launch(ctx, machine, nil, nil)
 }
 
 func (p *pod) makeRunDir() error { return os.MkdirAll(p.runDir(), 0o711) }
 
-// launch runs QEMU; parts are what stands beside it, nil for a guest of ours. On error they stay the caller's. The caller holds life.
-func (p *pod) launch(ctx context.Context, machine qemu.Machine, parts *machineParts) (g *guest, err error) {
+// launch runs QEMU; parts are what stands beside it, nil for a guest of ours, which may begin as a template. On error they stay
+// the caller's. The caller holds life.
+func (p *pod) launch(ctx context.Context, machine qemu.Machine, parts *machineParts, from *template) (g *guest, err error) {
 	began := time.Now()
 	defer func() { p.rt.metrics.launched(parts, began, err) }()
 	taps, err := p.rt.net.OpenTaps(p.rec.Status().Network)
@@ -182,7 +194,7 @@ func (p *pod) launch(ctx context.Context, machine qemu.Machine, parts *machinePa
 			_ = t.Close()
 		}
 	}()
-	vm, err := qemu.Start(ctx, qemu.Spec{
+	spec := qemu.Spec{
 		Machine:  machine,
 		Binary:   p.rt.cfg.QEMU.Binary,
 		Launcher: p.rt.launcher,
@@ -192,14 +204,24 @@ func (p *pod) launch(ctx context.Context, machine qemu.Machine, parts *machinePa
 		Taps:     taps,
 		Place:    p.cgroup().Add,
 		State:    p.incomingState(),
-	})
+	}
+	from.give(&spec)
+	vm, err := qemu.Start(ctx, spec)
 	if err != nil {
 		return nil, fmt.Errorf("start QEMU: %w", err)
+	}
+	if from != nil {
+		if err := vm.Resume(ctx); err != nil {
+			return nil, errors.Join(fmt.Errorf("let the guest go on: %w", err), p.killVM(vm))
+		}
 	}
 	qemuRecord := vm.Record()
 	p.rt.metrics.restarted(p.rec.Status().Guest, parts)
 	record := guestRecord{Boot: p.rec.Status().Guest.Boot + 1, QEMU: &qemuRecord}
 	parts.record(&record)
+	if from != nil {
+		record.Template, record.PrivateMemory = from.key, machine.Memory == qemu.MemoryPrivate
+	}
 	if err := p.update(func(s *podStatus) error {
 		s.Guest = record
 		return nil
@@ -229,7 +251,6 @@ func (p *pod) machine(ctx context.Context, s podStatus) (qemu.Machine, error) {
 	spec := p.rec.Spec()
 	m := p.rt.guestImage.machine(accel.Accel)
 	m.Name = "vmruntime-" + p.id[:16]
-	m.UUID = uuidOf(p.id)
 	m.VCPUs = spec.VCPUs
 	m.MemoryBytes = spec.MemoryBytes
 	m.Disks = []qemu.Disk{{Serial: scratchSerial, Path: p.scratch, Format: "raw"}}
@@ -240,13 +261,20 @@ func (p *pod) machine(ctx context.Context, s podStatus) (qemu.Machine, error) {
 const scratchSerial = "scratch"
 
 // runningGuest returns the guest, booting another where the last one has ended: the sandbox and its
-// network outlive a guest, so the kubelet restarts containers without a new sandbox.
-func (p *pod) runningGuest(ctx context.Context) (*guest, error) {
+// network outlive a guest, so the kubelet restarts containers without a new sandbox. One that cannot get the shared directory that is
+// needed gives way to another one, unless a container has begun to run in it.
+func (p *pod) runningGuest(ctx context.Context, sharing bool) (*guest, error) {
 	p.life.Lock()
 	defer p.life.Unlock()
 	g := p.currentGuest()
 	if g != nil && g.machine == nil && g.alive() {
-		return g, nil
+		if !sharing || !p.rec.Status().Guest.PrivateMemory {
+			return g, nil
+		}
+		if p.started(g.boot) {
+			return nil, fmt.Errorf("template.share is %q, so the VM of sandbox %s, in which containers have started, can get no shared directory; "+
+				"set template.share to off, or give the pod's first container a volume too: %w", p.rt.cfg.Template.Share, p.id, errdefs.ErrFailedPrecondition)
+		}
 	}
 	if p.state() != runtimeapi.PodSandboxState_SANDBOX_READY {
 		return nil, fmt.Errorf("sandbox %s is not ready; it cannot start a guest: %w", p.id, errdefs.ErrFailedPrecondition)
@@ -260,7 +288,12 @@ func (p *pod) runningGuest(ctx context.Context) (*guest, error) {
 	if err := p.makeScratch(ctx); err != nil {
 		return nil, err
 	}
-	return p.boot(ctx)
+	return p.boot(ctx, sharing)
+}
+
+// started tells whether a container has begun to run in the guest of this number.
+func (p *pod) started(boot int) bool {
+	return slices.ContainsFunc(p.rt.containersOf(p.id), func(c *container) bool { return c.rec.Status().Boot == boot })
 }
 
 // endGuest ends QEMU and virtiofsd and forgets the guest. The caller holds life.

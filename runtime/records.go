@@ -56,6 +56,9 @@ type guestRecord struct {
 	TPM   *qemu.TPMRecord   `json:"tpm,omitempty"`
 	// Machine is the ID of the container that the guest is, if it boots a disk.
 	Machine string `json:"machine,omitempty"`
+	// Template is the key of the template that the guest began as, if it did. With PrivateMemory it can get no share.
+	Template      string `json:"template,omitempty"`
+	PrivateMemory bool   `json:"privateMemory,omitempty"`
 	// Disks are the serials of the image disks that are plugged in.
 	Disks []string `json:"disks,omitempty"`
 }

@@ -56,7 +56,25 @@ func (rt *Runtime) Recover(ctx context.Context) error {
 		return err
 	}
 	rt.sweep(ctx, broken)
+	if err := rt.sweepTemplates(ctx); err != nil {
+		rt.log.Error("sweeping templates", "error", err)
+	}
+	rt.owned.Go(rt.firstTemplate)
 	return nil
+}
+
+// firstTemplate has the template made that pods without limits begin as.
+func (rt *Runtime) firstTemplate() {
+	accel, err := rt.accel.verdict(rt.ctx)
+	if err != nil {
+		return // the daemon ends
+	}
+	m := rt.guestImage.machine(accel.Accel)
+	m.VCPUs, m.MemoryBytes = rt.cfg.VM.size(nil)
+	m.NICs = make([]qemu.NIC, 1)
+	if t := rt.templates.take(m, ""); t != nil {
+		_ = t.Close() // only read
+	}
 }
 
 // loadRecords reads all records and reserves their names. Broken ones are named.

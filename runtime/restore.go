@@ -444,7 +444,7 @@ func (p *pod) bootRestored(ctx context.Context, disks []qemu.Disk) (*guest, erro
 	}
 	machine.Incoming = true
 	machine.Disks = append(machine.Disks, disks...)
-	g, err := p.launch(ctx, machine, nil)
+	g, err := p.launch(ctx, machine, nil, nil)
 	if err != nil {
 		return nil, err
 	}

@@ -40,6 +40,7 @@ type Runtime struct {
 	net          *network.Manager
 	guestImage   *guestImage
 	accel        *acceleration
+	templates    *templates
 	streaming    *streamServer
 	events       eventHub
 	metrics      vmMetrics
@@ -121,6 +122,7 @@ func New(cfg Config, d Dependencies) (*Runtime, error) {
 		configured: cfg.QEMU.Accel, path: filepath.Join(cfg.Server.State, "accel.json"), prove: rt.proveKVM, log: d.Logger,
 	}
 	rt.ctx, rt.cancel = context.WithCancel(context.Background())
+	rt.templates = rt.newTemplates()
 	if rt.streaming, err = rt.serveStreams(cfg.Server.StreamAddress); err != nil {
 		rt.cancel()
 		return nil, err
@@ -145,7 +147,7 @@ func (rt *Runtime) Close() error {
 		}
 	}
 	rt.owned.Wait()
-	return errors.Join(err, rt.images.Close())
+	return errors.Join(err, rt.templates.close(), rt.images.Close())
 }
 
 // Handles tells whether pods of a runtime handler become VMs.

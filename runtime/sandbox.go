@@ -101,7 +101,7 @@ func (p *pod) start(ctx context.Context) error {
 	if err := p.prepare(ctx); err != nil {
 		return err
 	}
-	if _, err := p.boot(ctx); err != nil {
+	if _, err := p.boot(ctx, false); err != nil {
 		return err
 	}
 	return p.update(func(s *podStatus) error { s.ReadyAt = time.Now(); return nil })

@@ -124,7 +124,7 @@ func (x OutputChunk_Stream) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use OutputChunk_Stream.Descriptor instead.
 func (OutputChunk_Stream) EnumDescriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{26, 0}
+	return file_agent_proto_rawDescGZIP(), []int{27, 0}
 }
 
 type Empty struct {
@@ -203,7 +203,9 @@ type InfoResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	AgentVersion  string                 `protobuf:"bytes,1,opt,name=agent_version,json=agentVersion,proto3" json:"agent_version,omitempty"`
 	KernelRelease string                 `protobuf:"bytes,2,opt,name=kernel_release,json=kernelRelease,proto3" json:"kernel_release,omitempty"`
-	BootId        string                 `protobuf:"bytes,3,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
+	// Empty until the guest is configured: the kernel makes it when it is first read, which must not be before that in a
+	// guest that many others begin as.
+	BootId string `protobuf:"bytes,3,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
 	// True when ConfigureSandbox has been done since boot.
 	Configured       bool  `protobuf:"varint,4,opt,name=configured,proto3" json:"configured,omitempty"`
 	CpusOnline       int32 `protobuf:"varint,5,opt,name=cpus_online,json=cpusOnline,proto3" json:"cpus_online,omitempty"`
@@ -316,8 +318,11 @@ type ConfigureSandboxRequest struct {
 	// Set together, they give the pod's containers one user namespace, with network, IPC and UTS namespaces that belong to it: what
 	// is 0 in there is the first of these IDs in the guest, and so on. Pushed files, shares and images are seen in there with the
 	// owners that they have on the node.
-	Users         *IDRange `protobuf:"bytes,13,opt,name=users,proto3" json:"users,omitempty"`
-	Groups        *IDRange `protobuf:"bytes,14,opt,name=groups,proto3" json:"groups,omitempty"`
+	Users  *IDRange `protobuf:"bytes,13,opt,name=users,proto3" json:"users,omitempty"`
+	Groups *IDRange `protobuf:"bytes,14,opt,name=groups,proto3" json:"groups,omitempty"`
+	// The guest began as a copy of one that Prepare has made ready: it looks anew for its disks, and its network devices are
+	// bound to their driver anew, which gives them the hardware addresses and abilities of this host's.
+	Restored      bool `protobuf:"varint,15,opt,name=restored,proto3" json:"restored,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -450,6 +455,13 @@ func (x *ConfigureSandboxRequest) GetGroups() *IDRange {
 	return nil
 }
 
+func (x *ConfigureSandboxRequest) GetRestored() bool {
+	if x != nil {
+		return x.Restored
+	}
+	return false
+}
+
 // IDRange are count user or group IDs from first.
 type IDRange struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -503,6 +515,42 @@ func (x *IDRange) GetCount() uint32 {
 	return 0
 }
 
+type PrepareRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PrepareRequest) Reset() {
+	*x = PrepareRequest{}
+	mi := &file_agent_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PrepareRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PrepareRequest) ProtoMessage() {}
+
+func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PrepareRequest.ProtoReflect.Descriptor instead.
+func (*PrepareRequest) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{5}
+}
+
 type Interface struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -517,7 +565,7 @@ type Interface struct {
 
 func (x *Interface) Reset() {
 	*x = Interface{}
-	mi := &file_agent_proto_msgTypes[5]
+	mi := &file_agent_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -529,7 +577,7 @@ func (x *Interface) String() string {
 func (*Interface) ProtoMessage() {}
 
 func (x *Interface) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[5]
+	mi := &file_agent_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -542,7 +590,7 @@ func (x *Interface) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Interface.ProtoReflect.Descriptor instead.
 func (*Interface) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{5}
+	return file_agent_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Interface) GetName() string {
@@ -594,7 +642,7 @@ type Route struct {
 
 func (x *Route) Reset() {
 	*x = Route{}
-	mi := &file_agent_proto_msgTypes[6]
+	mi := &file_agent_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -606,7 +654,7 @@ func (x *Route) String() string {
 func (*Route) ProtoMessage() {}
 
 func (x *Route) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[6]
+	mi := &file_agent_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -619,7 +667,7 @@ func (x *Route) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Route.ProtoReflect.Descriptor instead.
 func (*Route) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{6}
+	return file_agent_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Route) GetDestination() string {
@@ -697,7 +745,7 @@ type Neighbor struct {
 
 func (x *Neighbor) Reset() {
 	*x = Neighbor{}
-	mi := &file_agent_proto_msgTypes[7]
+	mi := &file_agent_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -709,7 +757,7 @@ func (x *Neighbor) String() string {
 func (*Neighbor) ProtoMessage() {}
 
 func (x *Neighbor) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[7]
+	mi := &file_agent_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -722,7 +770,7 @@ func (x *Neighbor) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Neighbor.ProtoReflect.Descriptor instead.
 func (*Neighbor) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{7}
+	return file_agent_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Neighbor) GetAddress() string {
@@ -759,7 +807,7 @@ type PutFilesRequest struct {
 
 func (x *PutFilesRequest) Reset() {
 	*x = PutFilesRequest{}
-	mi := &file_agent_proto_msgTypes[8]
+	mi := &file_agent_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -771,7 +819,7 @@ func (x *PutFilesRequest) String() string {
 func (*PutFilesRequest) ProtoMessage() {}
 
 func (x *PutFilesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[8]
+	mi := &file_agent_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -784,7 +832,7 @@ func (x *PutFilesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutFilesRequest.ProtoReflect.Descriptor instead.
 func (*PutFilesRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{8}
+	return file_agent_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *PutFilesRequest) GetName() string {
@@ -824,7 +872,7 @@ type FileEntry struct {
 
 func (x *FileEntry) Reset() {
 	*x = FileEntry{}
-	mi := &file_agent_proto_msgTypes[9]
+	mi := &file_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -836,7 +884,7 @@ func (x *FileEntry) String() string {
 func (*FileEntry) ProtoMessage() {}
 
 func (x *FileEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[9]
+	mi := &file_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -849,7 +897,7 @@ func (x *FileEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileEntry.ProtoReflect.Descriptor instead.
 func (*FileEntry) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{9}
+	return file_agent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *FileEntry) GetPath() string {
@@ -904,7 +952,7 @@ type GetFileRequest struct {
 
 func (x *GetFileRequest) Reset() {
 	*x = GetFileRequest{}
-	mi := &file_agent_proto_msgTypes[10]
+	mi := &file_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -916,7 +964,7 @@ func (x *GetFileRequest) String() string {
 func (*GetFileRequest) ProtoMessage() {}
 
 func (x *GetFileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[10]
+	mi := &file_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -929,7 +977,7 @@ func (x *GetFileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetFileRequest.ProtoReflect.Descriptor instead.
 func (*GetFileRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{10}
+	return file_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *GetFileRequest) GetPath() string {
@@ -955,7 +1003,7 @@ type GetFileResponse struct {
 
 func (x *GetFileResponse) Reset() {
 	*x = GetFileResponse{}
-	mi := &file_agent_proto_msgTypes[11]
+	mi := &file_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -967,7 +1015,7 @@ func (x *GetFileResponse) String() string {
 func (*GetFileResponse) ProtoMessage() {}
 
 func (x *GetFileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[11]
+	mi := &file_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -980,7 +1028,7 @@ func (x *GetFileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetFileResponse.ProtoReflect.Descriptor instead.
 func (*GetFileResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{11}
+	return file_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *GetFileResponse) GetData() []byte {
@@ -999,7 +1047,7 @@ type MountShareRequest struct {
 
 func (x *MountShareRequest) Reset() {
 	*x = MountShareRequest{}
-	mi := &file_agent_proto_msgTypes[12]
+	mi := &file_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1011,7 +1059,7 @@ func (x *MountShareRequest) String() string {
 func (*MountShareRequest) ProtoMessage() {}
 
 func (x *MountShareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[12]
+	mi := &file_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1024,7 +1072,7 @@ func (x *MountShareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MountShareRequest.ProtoReflect.Descriptor instead.
 func (*MountShareRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{12}
+	return file_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *MountShareRequest) GetTag() string {
@@ -1061,7 +1109,7 @@ type CreateContainerRequest struct {
 
 func (x *CreateContainerRequest) Reset() {
 	*x = CreateContainerRequest{}
-	mi := &file_agent_proto_msgTypes[13]
+	mi := &file_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1073,7 +1121,7 @@ func (x *CreateContainerRequest) String() string {
 func (*CreateContainerRequest) ProtoMessage() {}
 
 func (x *CreateContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[13]
+	mi := &file_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1086,7 +1134,7 @@ func (x *CreateContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateContainerRequest.ProtoReflect.Descriptor instead.
 func (*CreateContainerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{13}
+	return file_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *CreateContainerRequest) GetId() string {
@@ -1176,7 +1224,7 @@ type ImageMount struct {
 
 func (x *ImageMount) Reset() {
 	*x = ImageMount{}
-	mi := &file_agent_proto_msgTypes[14]
+	mi := &file_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1188,7 +1236,7 @@ func (x *ImageMount) String() string {
 func (*ImageMount) ProtoMessage() {}
 
 func (x *ImageMount) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[14]
+	mi := &file_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1201,7 +1249,7 @@ func (x *ImageMount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageMount.ProtoReflect.Descriptor instead.
 func (*ImageMount) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{14}
+	return file_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ImageMount) GetName() string {
@@ -1227,7 +1275,7 @@ type StartContainerRequest struct {
 
 func (x *StartContainerRequest) Reset() {
 	*x = StartContainerRequest{}
-	mi := &file_agent_proto_msgTypes[15]
+	mi := &file_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1239,7 +1287,7 @@ func (x *StartContainerRequest) String() string {
 func (*StartContainerRequest) ProtoMessage() {}
 
 func (x *StartContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[15]
+	mi := &file_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1252,7 +1300,7 @@ func (x *StartContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartContainerRequest.ProtoReflect.Descriptor instead.
 func (*StartContainerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{15}
+	return file_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *StartContainerRequest) GetId() string {
@@ -1272,7 +1320,7 @@ type StartContainerResponse struct {
 
 func (x *StartContainerResponse) Reset() {
 	*x = StartContainerResponse{}
-	mi := &file_agent_proto_msgTypes[16]
+	mi := &file_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1284,7 +1332,7 @@ func (x *StartContainerResponse) String() string {
 func (*StartContainerResponse) ProtoMessage() {}
 
 func (x *StartContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[16]
+	mi := &file_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1297,7 +1345,7 @@ func (x *StartContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartContainerResponse.ProtoReflect.Descriptor instead.
 func (*StartContainerResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{16}
+	return file_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *StartContainerResponse) GetPid() int32 {
@@ -1325,7 +1373,7 @@ type UpdateContainerRequest struct {
 
 func (x *UpdateContainerRequest) Reset() {
 	*x = UpdateContainerRequest{}
-	mi := &file_agent_proto_msgTypes[17]
+	mi := &file_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1337,7 +1385,7 @@ func (x *UpdateContainerRequest) String() string {
 func (*UpdateContainerRequest) ProtoMessage() {}
 
 func (x *UpdateContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[17]
+	mi := &file_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1350,7 +1398,7 @@ func (x *UpdateContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateContainerRequest.ProtoReflect.Descriptor instead.
 func (*UpdateContainerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{17}
+	return file_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *UpdateContainerRequest) GetId() string {
@@ -1376,7 +1424,7 @@ type RemoveContainerRequest struct {
 
 func (x *RemoveContainerRequest) Reset() {
 	*x = RemoveContainerRequest{}
-	mi := &file_agent_proto_msgTypes[18]
+	mi := &file_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1388,7 +1436,7 @@ func (x *RemoveContainerRequest) String() string {
 func (*RemoveContainerRequest) ProtoMessage() {}
 
 func (x *RemoveContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[18]
+	mi := &file_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1401,7 +1449,7 @@ func (x *RemoveContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveContainerRequest.ProtoReflect.Descriptor instead.
 func (*RemoveContainerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{18}
+	return file_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *RemoveContainerRequest) GetId() string {
@@ -1422,7 +1470,7 @@ type ProcessRef struct {
 
 func (x *ProcessRef) Reset() {
 	*x = ProcessRef{}
-	mi := &file_agent_proto_msgTypes[19]
+	mi := &file_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1434,7 +1482,7 @@ func (x *ProcessRef) String() string {
 func (*ProcessRef) ProtoMessage() {}
 
 func (x *ProcessRef) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[19]
+	mi := &file_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1447,7 +1495,7 @@ func (x *ProcessRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProcessRef.ProtoReflect.Descriptor instead.
 func (*ProcessRef) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{19}
+	return file_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ProcessRef) GetContainerId() string {
@@ -1479,7 +1527,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_agent_proto_msgTypes[20]
+	mi := &file_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1491,7 +1539,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[20]
+	mi := &file_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1504,7 +1552,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{20}
+	return file_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ExecRequest) GetContainerId() string {
@@ -1544,7 +1592,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_agent_proto_msgTypes[21]
+	mi := &file_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1556,7 +1604,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[21]
+	mi := &file_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1569,7 +1617,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{21}
+	return file_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ExecResponse) GetPid() int32 {
@@ -1591,7 +1639,7 @@ type SignalRequest struct {
 
 func (x *SignalRequest) Reset() {
 	*x = SignalRequest{}
-	mi := &file_agent_proto_msgTypes[22]
+	mi := &file_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1603,7 +1651,7 @@ func (x *SignalRequest) String() string {
 func (*SignalRequest) ProtoMessage() {}
 
 func (x *SignalRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[22]
+	mi := &file_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1616,7 +1664,7 @@ func (x *SignalRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalRequest.ProtoReflect.Descriptor instead.
 func (*SignalRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{22}
+	return file_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *SignalRequest) GetProcess() *ProcessRef {
@@ -1659,7 +1707,7 @@ type ProcessState struct {
 
 func (x *ProcessState) Reset() {
 	*x = ProcessState{}
-	mi := &file_agent_proto_msgTypes[23]
+	mi := &file_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1671,7 +1719,7 @@ func (x *ProcessState) String() string {
 func (*ProcessState) ProtoMessage() {}
 
 func (x *ProcessState) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[23]
+	mi := &file_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1684,7 +1732,7 @@ func (x *ProcessState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProcessState.ProtoReflect.Descriptor instead.
 func (*ProcessState) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{23}
+	return file_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ProcessState) GetContainerId() string {
@@ -1765,7 +1813,7 @@ type ReadOutputRequest struct {
 
 func (x *ReadOutputRequest) Reset() {
 	*x = ReadOutputRequest{}
-	mi := &file_agent_proto_msgTypes[24]
+	mi := &file_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1777,7 +1825,7 @@ func (x *ReadOutputRequest) String() string {
 func (*ReadOutputRequest) ProtoMessage() {}
 
 func (x *ReadOutputRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[24]
+	mi := &file_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1790,7 +1838,7 @@ func (x *ReadOutputRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadOutputRequest.ProtoReflect.Descriptor instead.
 func (*ReadOutputRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{24}
+	return file_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ReadOutputRequest) GetProcess() *ProcessRef {
@@ -1849,7 +1897,7 @@ type ReadOutputResponse struct {
 
 func (x *ReadOutputResponse) Reset() {
 	*x = ReadOutputResponse{}
-	mi := &file_agent_proto_msgTypes[25]
+	mi := &file_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1861,7 +1909,7 @@ func (x *ReadOutputResponse) String() string {
 func (*ReadOutputResponse) ProtoMessage() {}
 
 func (x *ReadOutputResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[25]
+	mi := &file_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1874,7 +1922,7 @@ func (x *ReadOutputResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadOutputResponse.ProtoReflect.Descriptor instead.
 func (*ReadOutputResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{25}
+	return file_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ReadOutputResponse) GetChunks() []*OutputChunk {
@@ -1911,7 +1959,7 @@ type OutputChunk struct {
 
 func (x *OutputChunk) Reset() {
 	*x = OutputChunk{}
-	mi := &file_agent_proto_msgTypes[26]
+	mi := &file_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1923,7 +1971,7 @@ func (x *OutputChunk) String() string {
 func (*OutputChunk) ProtoMessage() {}
 
 func (x *OutputChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[26]
+	mi := &file_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1936,7 +1984,7 @@ func (x *OutputChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputChunk.ProtoReflect.Descriptor instead.
 func (*OutputChunk) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{26}
+	return file_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *OutputChunk) GetStream() OutputChunk_Stream {
@@ -1977,7 +2025,7 @@ type WriteStdinRequest struct {
 
 func (x *WriteStdinRequest) Reset() {
 	*x = WriteStdinRequest{}
-	mi := &file_agent_proto_msgTypes[27]
+	mi := &file_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1989,7 +2037,7 @@ func (x *WriteStdinRequest) String() string {
 func (*WriteStdinRequest) ProtoMessage() {}
 
 func (x *WriteStdinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[27]
+	mi := &file_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2002,7 +2050,7 @@ func (x *WriteStdinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteStdinRequest.ProtoReflect.Descriptor instead.
 func (*WriteStdinRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{27}
+	return file_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *WriteStdinRequest) GetProcess() *ProcessRef {
@@ -2028,7 +2076,7 @@ type WriteStdinResponse struct {
 
 func (x *WriteStdinResponse) Reset() {
 	*x = WriteStdinResponse{}
-	mi := &file_agent_proto_msgTypes[28]
+	mi := &file_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2040,7 +2088,7 @@ func (x *WriteStdinResponse) String() string {
 func (*WriteStdinResponse) ProtoMessage() {}
 
 func (x *WriteStdinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[28]
+	mi := &file_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2053,7 +2101,7 @@ func (x *WriteStdinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteStdinResponse.ProtoReflect.Descriptor instead.
 func (*WriteStdinResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{28}
+	return file_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *WriteStdinResponse) GetWritten() int64 {
@@ -2074,7 +2122,7 @@ type ResizeTerminalRequest struct {
 
 func (x *ResizeTerminalRequest) Reset() {
 	*x = ResizeTerminalRequest{}
-	mi := &file_agent_proto_msgTypes[29]
+	mi := &file_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2086,7 +2134,7 @@ func (x *ResizeTerminalRequest) String() string {
 func (*ResizeTerminalRequest) ProtoMessage() {}
 
 func (x *ResizeTerminalRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[29]
+	mi := &file_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2099,7 +2147,7 @@ func (x *ResizeTerminalRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeTerminalRequest.ProtoReflect.Descriptor instead.
 func (*ResizeTerminalRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{29}
+	return file_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ResizeTerminalRequest) GetProcess() *ProcessRef {
@@ -2132,7 +2180,7 @@ type FreezeRequest struct {
 
 func (x *FreezeRequest) Reset() {
 	*x = FreezeRequest{}
-	mi := &file_agent_proto_msgTypes[30]
+	mi := &file_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2144,7 +2192,7 @@ func (x *FreezeRequest) String() string {
 func (*FreezeRequest) ProtoMessage() {}
 
 func (x *FreezeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[30]
+	mi := &file_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2157,7 +2205,7 @@ func (x *FreezeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FreezeRequest.ProtoReflect.Descriptor instead.
 func (*FreezeRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{30}
+	return file_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *FreezeRequest) GetContainerIds() []string {
@@ -2176,7 +2224,7 @@ type FreezeResponse struct {
 
 func (x *FreezeResponse) Reset() {
 	*x = FreezeResponse{}
-	mi := &file_agent_proto_msgTypes[31]
+	mi := &file_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2188,7 +2236,7 @@ func (x *FreezeResponse) String() string {
 func (*FreezeResponse) ProtoMessage() {}
 
 func (x *FreezeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[31]
+	mi := &file_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2201,7 +2249,7 @@ func (x *FreezeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FreezeResponse.ProtoReflect.Descriptor instead.
 func (*FreezeResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{31}
+	return file_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *FreezeResponse) GetEnds() []*OutputEnd {
@@ -2223,7 +2271,7 @@ type OutputEnd struct {
 
 func (x *OutputEnd) Reset() {
 	*x = OutputEnd{}
-	mi := &file_agent_proto_msgTypes[32]
+	mi := &file_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2235,7 +2283,7 @@ func (x *OutputEnd) String() string {
 func (*OutputEnd) ProtoMessage() {}
 
 func (x *OutputEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[32]
+	mi := &file_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2248,7 +2296,7 @@ func (x *OutputEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputEnd.ProtoReflect.Descriptor instead.
 func (*OutputEnd) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{32}
+	return file_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *OutputEnd) GetContainerId() string {
@@ -2282,7 +2330,7 @@ type ThawRequest struct {
 
 func (x *ThawRequest) Reset() {
 	*x = ThawRequest{}
-	mi := &file_agent_proto_msgTypes[33]
+	mi := &file_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2294,7 +2342,7 @@ func (x *ThawRequest) String() string {
 func (*ThawRequest) ProtoMessage() {}
 
 func (x *ThawRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[33]
+	mi := &file_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2307,7 +2355,7 @@ func (x *ThawRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ThawRequest.ProtoReflect.Descriptor instead.
 func (*ThawRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{33}
+	return file_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ThawRequest) GetContainerIds() []string {
@@ -2327,7 +2375,7 @@ type AdoptRequest struct {
 
 func (x *AdoptRequest) Reset() {
 	*x = AdoptRequest{}
-	mi := &file_agent_proto_msgTypes[34]
+	mi := &file_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2339,7 +2387,7 @@ func (x *AdoptRequest) String() string {
 func (*AdoptRequest) ProtoMessage() {}
 
 func (x *AdoptRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[34]
+	mi := &file_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2352,7 +2400,7 @@ func (x *AdoptRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AdoptRequest.ProtoReflect.Descriptor instead.
 func (*AdoptRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{34}
+	return file_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *AdoptRequest) GetSandbox() *ConfigureSandboxRequest {
@@ -2380,7 +2428,7 @@ type HardwareAddress struct {
 
 func (x *HardwareAddress) Reset() {
 	*x = HardwareAddress{}
-	mi := &file_agent_proto_msgTypes[35]
+	mi := &file_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2392,7 +2440,7 @@ func (x *HardwareAddress) String() string {
 func (*HardwareAddress) ProtoMessage() {}
 
 func (x *HardwareAddress) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[35]
+	mi := &file_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2405,7 +2453,7 @@ func (x *HardwareAddress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HardwareAddress.ProtoReflect.Descriptor instead.
 func (*HardwareAddress) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{35}
+	return file_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *HardwareAddress) GetOld() string {
@@ -2430,7 +2478,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_agent_proto_msgTypes[36]
+	mi := &file_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2442,7 +2490,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[36]
+	mi := &file_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2455,7 +2503,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{36}
+	return file_agent_proto_rawDescGZIP(), []int{37}
 }
 
 type ListResponse struct {
@@ -2467,7 +2515,7 @@ type ListResponse struct {
 
 func (x *ListResponse) Reset() {
 	*x = ListResponse{}
-	mi := &file_agent_proto_msgTypes[37]
+	mi := &file_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2479,7 +2527,7 @@ func (x *ListResponse) String() string {
 func (*ListResponse) ProtoMessage() {}
 
 func (x *ListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[37]
+	mi := &file_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2492,7 +2540,7 @@ func (x *ListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListResponse.ProtoReflect.Descriptor instead.
 func (*ListResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{37}
+	return file_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ListResponse) GetProcesses() []*ProcessState {
@@ -2514,7 +2562,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_agent_proto_msgTypes[38]
+	mi := &file_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2526,7 +2574,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[38]
+	mi := &file_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2539,7 +2587,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{38}
+	return file_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *StatsRequest) GetContainerIds() []string {
@@ -2568,7 +2616,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_agent_proto_msgTypes[39]
+	mi := &file_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2580,7 +2628,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[39]
+	mi := &file_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2593,7 +2641,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{39}
+	return file_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *StatsResponse) GetTimeUnixNano() int64 {
@@ -2636,7 +2684,7 @@ type ContainerStats struct {
 
 func (x *ContainerStats) Reset() {
 	*x = ContainerStats{}
-	mi := &file_agent_proto_msgTypes[40]
+	mi := &file_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2648,7 +2696,7 @@ func (x *ContainerStats) String() string {
 func (*ContainerStats) ProtoMessage() {}
 
 func (x *ContainerStats) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[40]
+	mi := &file_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2661,7 +2709,7 @@ func (x *ContainerStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerStats.ProtoReflect.Descriptor instead.
 func (*ContainerStats) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{40}
+	return file_agent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ContainerStats) GetId() string {
@@ -2768,7 +2816,7 @@ type CgroupStats struct {
 
 func (x *CgroupStats) Reset() {
 	*x = CgroupStats{}
-	mi := &file_agent_proto_msgTypes[41]
+	mi := &file_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2780,7 +2828,7 @@ func (x *CgroupStats) String() string {
 func (*CgroupStats) ProtoMessage() {}
 
 func (x *CgroupStats) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[41]
+	mi := &file_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2793,7 +2841,7 @@ func (x *CgroupStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CgroupStats.ProtoReflect.Descriptor instead.
 func (*CgroupStats) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{41}
+	return file_agent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *CgroupStats) GetCpuUsageNano() uint64 {
@@ -3014,7 +3062,7 @@ type DiskIO struct {
 
 func (x *DiskIO) Reset() {
 	*x = DiskIO{}
-	mi := &file_agent_proto_msgTypes[42]
+	mi := &file_agent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3026,7 +3074,7 @@ func (x *DiskIO) String() string {
 func (*DiskIO) ProtoMessage() {}
 
 func (x *DiskIO) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[42]
+	mi := &file_agent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3039,7 +3087,7 @@ func (x *DiskIO) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiskIO.ProtoReflect.Descriptor instead.
 func (*DiskIO) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{42}
+	return file_agent_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *DiskIO) GetDevice() string {
@@ -3088,7 +3136,7 @@ type Pressure struct {
 
 func (x *Pressure) Reset() {
 	*x = Pressure{}
-	mi := &file_agent_proto_msgTypes[43]
+	mi := &file_agent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3100,7 +3148,7 @@ func (x *Pressure) String() string {
 func (*Pressure) ProtoMessage() {}
 
 func (x *Pressure) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[43]
+	mi := &file_agent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3113,7 +3161,7 @@ func (x *Pressure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pressure.ProtoReflect.Descriptor instead.
 func (*Pressure) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{43}
+	return file_agent_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *Pressure) GetSome() *PressureLine {
@@ -3142,7 +3190,7 @@ type PressureLine struct {
 
 func (x *PressureLine) Reset() {
 	*x = PressureLine{}
-	mi := &file_agent_proto_msgTypes[44]
+	mi := &file_agent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3154,7 +3202,7 @@ func (x *PressureLine) String() string {
 func (*PressureLine) ProtoMessage() {}
 
 func (x *PressureLine) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[44]
+	mi := &file_agent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3167,7 +3215,7 @@ func (x *PressureLine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PressureLine.ProtoReflect.Descriptor instead.
 func (*PressureLine) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{44}
+	return file_agent_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *PressureLine) GetAvg10() float64 {
@@ -3209,7 +3257,7 @@ type DialRequest struct {
 
 func (x *DialRequest) Reset() {
 	*x = DialRequest{}
-	mi := &file_agent_proto_msgTypes[45]
+	mi := &file_agent_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3221,7 +3269,7 @@ func (x *DialRequest) String() string {
 func (*DialRequest) ProtoMessage() {}
 
 func (x *DialRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[45]
+	mi := &file_agent_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3234,7 +3282,7 @@ func (x *DialRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DialRequest.ProtoReflect.Descriptor instead.
 func (*DialRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{45}
+	return file_agent_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *DialRequest) GetNetwork() string {
@@ -3260,7 +3308,7 @@ type DialResponse struct {
 
 func (x *DialResponse) Reset() {
 	*x = DialResponse{}
-	mi := &file_agent_proto_msgTypes[46]
+	mi := &file_agent_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3272,7 +3320,7 @@ func (x *DialResponse) String() string {
 func (*DialResponse) ProtoMessage() {}
 
 func (x *DialResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[46]
+	mi := &file_agent_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3285,7 +3333,7 @@ func (x *DialResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DialResponse.ProtoReflect.Descriptor instead.
 func (*DialResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{46}
+	return file_agent_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *DialResponse) GetConnId() uint64 {
@@ -3305,7 +3353,7 @@ type ConnReadRequest struct {
 
 func (x *ConnReadRequest) Reset() {
 	*x = ConnReadRequest{}
-	mi := &file_agent_proto_msgTypes[47]
+	mi := &file_agent_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3317,7 +3365,7 @@ func (x *ConnReadRequest) String() string {
 func (*ConnReadRequest) ProtoMessage() {}
 
 func (x *ConnReadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[47]
+	mi := &file_agent_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3330,7 +3378,7 @@ func (x *ConnReadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnReadRequest.ProtoReflect.Descriptor instead.
 func (*ConnReadRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{47}
+	return file_agent_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ConnReadRequest) GetConnId() uint64 {
@@ -3357,7 +3405,7 @@ type ConnReadResponse struct {
 
 func (x *ConnReadResponse) Reset() {
 	*x = ConnReadResponse{}
-	mi := &file_agent_proto_msgTypes[48]
+	mi := &file_agent_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3369,7 +3417,7 @@ func (x *ConnReadResponse) String() string {
 func (*ConnReadResponse) ProtoMessage() {}
 
 func (x *ConnReadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[48]
+	mi := &file_agent_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3382,7 +3430,7 @@ func (x *ConnReadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnReadResponse.ProtoReflect.Descriptor instead.
 func (*ConnReadResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{48}
+	return file_agent_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *ConnReadResponse) GetData() []byte {
@@ -3409,7 +3457,7 @@ type ConnWriteRequest struct {
 
 func (x *ConnWriteRequest) Reset() {
 	*x = ConnWriteRequest{}
-	mi := &file_agent_proto_msgTypes[49]
+	mi := &file_agent_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3421,7 +3469,7 @@ func (x *ConnWriteRequest) String() string {
 func (*ConnWriteRequest) ProtoMessage() {}
 
 func (x *ConnWriteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[49]
+	mi := &file_agent_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3434,7 +3482,7 @@ func (x *ConnWriteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnWriteRequest.ProtoReflect.Descriptor instead.
 func (*ConnWriteRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{49}
+	return file_agent_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ConnWriteRequest) GetConnId() uint64 {
@@ -3462,7 +3510,7 @@ type ConnCloseRequest struct {
 
 func (x *ConnCloseRequest) Reset() {
 	*x = ConnCloseRequest{}
-	mi := &file_agent_proto_msgTypes[50]
+	mi := &file_agent_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3474,7 +3522,7 @@ func (x *ConnCloseRequest) String() string {
 func (*ConnCloseRequest) ProtoMessage() {}
 
 func (x *ConnCloseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[50]
+	mi := &file_agent_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3487,7 +3535,7 @@ func (x *ConnCloseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnCloseRequest.ProtoReflect.Descriptor instead.
 func (*ConnCloseRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{50}
+	return file_agent_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *ConnCloseRequest) GetConnId() uint64 {
@@ -3512,7 +3560,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_agent_proto_msgTypes[51]
+	mi := &file_agent_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3524,7 +3572,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[51]
+	mi := &file_agent_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3537,7 +3585,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{51}
+	return file_agent_proto_rawDescGZIP(), []int{52}
 }
 
 var File_agent_proto protoreflect.FileDescriptor
@@ -3557,7 +3605,7 @@ const file_agent_proto_rawDesc = "" +
 	"\vcpus_online\x18\x05 \x01(\x05R\n" +
 	"cpusOnline\x12,\n" +
 	"\x12memory_total_bytes\x18\x06 \x01(\x03R\x10memoryTotalBytes\x12\x18\n" +
-	"\amachine\x18\a \x01(\bR\amachine\"\xc7\x05\n" +
+	"\amachine\x18\a \x01(\bR\amachine\"\xe3\x05\n" +
 	"\x17ConfigureSandboxRequest\x12$\n" +
 	"\x0etime_unix_nano\x18\x01 \x01(\x03R\ftimeUnixNano\x12\x18\n" +
 	"\aentropy\x18\x02 \x01(\fR\aentropy\x12\x1a\n" +
@@ -3576,13 +3624,15 @@ const file_agent_proto_rawDesc = "" +
 	"\x11pod_pid_namespace\x18\v \x01(\bR\x0fpodPidNamespace\x12:\n" +
 	"\tneighbors\x18\f \x03(\v2\x1c.vmruntime.agent.v1.NeighborR\tneighbors\x121\n" +
 	"\x05users\x18\r \x01(\v2\x1b.vmruntime.agent.v1.IDRangeR\x05users\x123\n" +
-	"\x06groups\x18\x0e \x01(\v2\x1b.vmruntime.agent.v1.IDRangeR\x06groups\x1a:\n" +
+	"\x06groups\x18\x0e \x01(\v2\x1b.vmruntime.agent.v1.IDRangeR\x06groups\x12\x1a\n" +
+	"\brestored\x18\x0f \x01(\bR\brestored\x1a:\n" +
 	"\fSysctlsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"5\n" +
 	"\aIDRange\x12\x14\n" +
 	"\x05first\x18\x01 \x01(\rR\x05first\x12\x14\n" +
-	"\x05count\x18\x02 \x01(\rR\x05count\"a\n" +
+	"\x05count\x18\x02 \x01(\rR\x05count\"\x10\n" +
+	"\x0ePrepareRequest\"a\n" +
 	"\tInterface\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
 	"\x03mac\x18\x02 \x01(\tR\x03mac\x12\x10\n" +
@@ -3818,10 +3868,11 @@ const file_agent_proto_rawDesc = "" +
 	"\x17PID_NAMESPACE_CONTAINER\x10\x00\x12\x15\n" +
 	"\x11PID_NAMESPACE_POD\x10\x01\x12\x18\n" +
 	"\x14PID_NAMESPACE_TARGET\x10\x02\x12\x17\n" +
-	"\x13PID_NAMESPACE_GUEST\x10\x032\x94\x11\n" +
+	"\x13PID_NAMESPACE_GUEST\x10\x032\xde\x11\n" +
 	"\x05Agent\x12I\n" +
 	"\x04Info\x12\x1f.vmruntime.agent.v1.InfoRequest\x1a .vmruntime.agent.v1.InfoResponse\x12Z\n" +
-	"\x10ConfigureSandbox\x12+.vmruntime.agent.v1.ConfigureSandboxRequest\x1a\x19.vmruntime.agent.v1.Empty\x12J\n" +
+	"\x10ConfigureSandbox\x12+.vmruntime.agent.v1.ConfigureSandboxRequest\x1a\x19.vmruntime.agent.v1.Empty\x12H\n" +
+	"\aPrepare\x12\".vmruntime.agent.v1.PrepareRequest\x1a\x19.vmruntime.agent.v1.Empty\x12J\n" +
 	"\bPutFiles\x12#.vmruntime.agent.v1.PutFilesRequest\x1a\x19.vmruntime.agent.v1.Empty\x12R\n" +
 	"\aGetFile\x12\".vmruntime.agent.v1.GetFileRequest\x1a#.vmruntime.agent.v1.GetFileResponse\x12N\n" +
 	"\n" +
@@ -3866,7 +3917,7 @@ func file_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 53)
+var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 54)
 var file_agent_proto_goTypes = []any{
 	(PidNamespace)(0),               // 0: vmruntime.agent.v1.PidNamespace
 	(OutputChunk_Stream)(0),         // 1: vmruntime.agent.v1.OutputChunk.Stream
@@ -3875,141 +3926,144 @@ var file_agent_proto_goTypes = []any{
 	(*InfoResponse)(nil),            // 4: vmruntime.agent.v1.InfoResponse
 	(*ConfigureSandboxRequest)(nil), // 5: vmruntime.agent.v1.ConfigureSandboxRequest
 	(*IDRange)(nil),                 // 6: vmruntime.agent.v1.IDRange
-	(*Interface)(nil),               // 7: vmruntime.agent.v1.Interface
-	(*Route)(nil),                   // 8: vmruntime.agent.v1.Route
-	(*Neighbor)(nil),                // 9: vmruntime.agent.v1.Neighbor
-	(*PutFilesRequest)(nil),         // 10: vmruntime.agent.v1.PutFilesRequest
-	(*FileEntry)(nil),               // 11: vmruntime.agent.v1.FileEntry
-	(*GetFileRequest)(nil),          // 12: vmruntime.agent.v1.GetFileRequest
-	(*GetFileResponse)(nil),         // 13: vmruntime.agent.v1.GetFileResponse
-	(*MountShareRequest)(nil),       // 14: vmruntime.agent.v1.MountShareRequest
-	(*CreateContainerRequest)(nil),  // 15: vmruntime.agent.v1.CreateContainerRequest
-	(*ImageMount)(nil),              // 16: vmruntime.agent.v1.ImageMount
-	(*StartContainerRequest)(nil),   // 17: vmruntime.agent.v1.StartContainerRequest
-	(*StartContainerResponse)(nil),  // 18: vmruntime.agent.v1.StartContainerResponse
-	(*UpdateContainerRequest)(nil),  // 19: vmruntime.agent.v1.UpdateContainerRequest
-	(*RemoveContainerRequest)(nil),  // 20: vmruntime.agent.v1.RemoveContainerRequest
-	(*ProcessRef)(nil),              // 21: vmruntime.agent.v1.ProcessRef
-	(*ExecRequest)(nil),             // 22: vmruntime.agent.v1.ExecRequest
-	(*ExecResponse)(nil),            // 23: vmruntime.agent.v1.ExecResponse
-	(*SignalRequest)(nil),           // 24: vmruntime.agent.v1.SignalRequest
-	(*ProcessState)(nil),            // 25: vmruntime.agent.v1.ProcessState
-	(*ReadOutputRequest)(nil),       // 26: vmruntime.agent.v1.ReadOutputRequest
-	(*ReadOutputResponse)(nil),      // 27: vmruntime.agent.v1.ReadOutputResponse
-	(*OutputChunk)(nil),             // 28: vmruntime.agent.v1.OutputChunk
-	(*WriteStdinRequest)(nil),       // 29: vmruntime.agent.v1.WriteStdinRequest
-	(*WriteStdinResponse)(nil),      // 30: vmruntime.agent.v1.WriteStdinResponse
-	(*ResizeTerminalRequest)(nil),   // 31: vmruntime.agent.v1.ResizeTerminalRequest
-	(*FreezeRequest)(nil),           // 32: vmruntime.agent.v1.FreezeRequest
-	(*FreezeResponse)(nil),          // 33: vmruntime.agent.v1.FreezeResponse
-	(*OutputEnd)(nil),               // 34: vmruntime.agent.v1.OutputEnd
-	(*ThawRequest)(nil),             // 35: vmruntime.agent.v1.ThawRequest
-	(*AdoptRequest)(nil),            // 36: vmruntime.agent.v1.AdoptRequest
-	(*HardwareAddress)(nil),         // 37: vmruntime.agent.v1.HardwareAddress
-	(*ListRequest)(nil),             // 38: vmruntime.agent.v1.ListRequest
-	(*ListResponse)(nil),            // 39: vmruntime.agent.v1.ListResponse
-	(*StatsRequest)(nil),            // 40: vmruntime.agent.v1.StatsRequest
-	(*StatsResponse)(nil),           // 41: vmruntime.agent.v1.StatsResponse
-	(*ContainerStats)(nil),          // 42: vmruntime.agent.v1.ContainerStats
-	(*CgroupStats)(nil),             // 43: vmruntime.agent.v1.CgroupStats
-	(*DiskIO)(nil),                  // 44: vmruntime.agent.v1.DiskIO
-	(*Pressure)(nil),                // 45: vmruntime.agent.v1.Pressure
-	(*PressureLine)(nil),            // 46: vmruntime.agent.v1.PressureLine
-	(*DialRequest)(nil),             // 47: vmruntime.agent.v1.DialRequest
-	(*DialResponse)(nil),            // 48: vmruntime.agent.v1.DialResponse
-	(*ConnReadRequest)(nil),         // 49: vmruntime.agent.v1.ConnReadRequest
-	(*ConnReadResponse)(nil),        // 50: vmruntime.agent.v1.ConnReadResponse
-	(*ConnWriteRequest)(nil),        // 51: vmruntime.agent.v1.ConnWriteRequest
-	(*ConnCloseRequest)(nil),        // 52: vmruntime.agent.v1.ConnCloseRequest
-	(*ShutdownRequest)(nil),         // 53: vmruntime.agent.v1.ShutdownRequest
-	nil,                             // 54: vmruntime.agent.v1.ConfigureSandboxRequest.SysctlsEntry
+	(*PrepareRequest)(nil),          // 7: vmruntime.agent.v1.PrepareRequest
+	(*Interface)(nil),               // 8: vmruntime.agent.v1.Interface
+	(*Route)(nil),                   // 9: vmruntime.agent.v1.Route
+	(*Neighbor)(nil),                // 10: vmruntime.agent.v1.Neighbor
+	(*PutFilesRequest)(nil),         // 11: vmruntime.agent.v1.PutFilesRequest
+	(*FileEntry)(nil),               // 12: vmruntime.agent.v1.FileEntry
+	(*GetFileRequest)(nil),          // 13: vmruntime.agent.v1.GetFileRequest
+	(*GetFileResponse)(nil),         // 14: vmruntime.agent.v1.GetFileResponse
+	(*MountShareRequest)(nil),       // 15: vmruntime.agent.v1.MountShareRequest
+	(*CreateContainerRequest)(nil),  // 16: vmruntime.agent.v1.CreateContainerRequest
+	(*ImageMount)(nil),              // 17: vmruntime.agent.v1.ImageMount
+	(*StartContainerRequest)(nil),   // 18: vmruntime.agent.v1.StartContainerRequest
+	(*StartContainerResponse)(nil),  // 19: vmruntime.agent.v1.StartContainerResponse
+	(*UpdateContainerRequest)(nil),  // 20: vmruntime.agent.v1.UpdateContainerRequest
+	(*RemoveContainerRequest)(nil),  // 21: vmruntime.agent.v1.RemoveContainerRequest
+	(*ProcessRef)(nil),              // 22: vmruntime.agent.v1.ProcessRef
+	(*ExecRequest)(nil),             // 23: vmruntime.agent.v1.ExecRequest
+	(*ExecResponse)(nil),            // 24: vmruntime.agent.v1.ExecResponse
+	(*SignalRequest)(nil),           // 25: vmruntime.agent.v1.SignalRequest
+	(*ProcessState)(nil),            // 26: vmruntime.agent.v1.ProcessState
+	(*ReadOutputRequest)(nil),       // 27: vmruntime.agent.v1.ReadOutputRequest
+	(*ReadOutputResponse)(nil),      // 28: vmruntime.agent.v1.ReadOutputResponse
+	(*OutputChunk)(nil),             // 29: vmruntime.agent.v1.OutputChunk
+	(*WriteStdinRequest)(nil),       // 30: vmruntime.agent.v1.WriteStdinRequest
+	(*WriteStdinResponse)(nil),      // 31: vmruntime.agent.v1.WriteStdinResponse
+	(*ResizeTerminalRequest)(nil),   // 32: vmruntime.agent.v1.ResizeTerminalRequest
+	(*FreezeRequest)(nil),           // 33: vmruntime.agent.v1.FreezeRequest
+	(*FreezeResponse)(nil),          // 34: vmruntime.agent.v1.FreezeResponse
+	(*OutputEnd)(nil),               // 35: vmruntime.agent.v1.OutputEnd
+	(*ThawRequest)(nil),             // 36: vmruntime.agent.v1.ThawRequest
+	(*AdoptRequest)(nil),            // 37: vmruntime.agent.v1.AdoptRequest
+	(*HardwareAddress)(nil),         // 38: vmruntime.agent.v1.HardwareAddress
+	(*ListRequest)(nil),             // 39: vmruntime.agent.v1.ListRequest
+	(*ListResponse)(nil),            // 40: vmruntime.agent.v1.ListResponse
+	(*StatsRequest)(nil),            // 41: vmruntime.agent.v1.StatsRequest
+	(*StatsResponse)(nil),           // 42: vmruntime.agent.v1.StatsResponse
+	(*ContainerStats)(nil),          // 43: vmruntime.agent.v1.ContainerStats
+	(*CgroupStats)(nil),             // 44: vmruntime.agent.v1.CgroupStats
+	(*DiskIO)(nil),                  // 45: vmruntime.agent.v1.DiskIO
+	(*Pressure)(nil),                // 46: vmruntime.agent.v1.Pressure
+	(*PressureLine)(nil),            // 47: vmruntime.agent.v1.PressureLine
+	(*DialRequest)(nil),             // 48: vmruntime.agent.v1.DialRequest
+	(*DialResponse)(nil),            // 49: vmruntime.agent.v1.DialResponse
+	(*ConnReadRequest)(nil),         // 50: vmruntime.agent.v1.ConnReadRequest
+	(*ConnReadResponse)(nil),        // 51: vmruntime.agent.v1.ConnReadResponse
+	(*ConnWriteRequest)(nil),        // 52: vmruntime.agent.v1.ConnWriteRequest
+	(*ConnCloseRequest)(nil),        // 53: vmruntime.agent.v1.ConnCloseRequest
+	(*ShutdownRequest)(nil),         // 54: vmruntime.agent.v1.ShutdownRequest
+	nil,                             // 55: vmruntime.agent.v1.ConfigureSandboxRequest.SysctlsEntry
 }
 var file_agent_proto_depIdxs = []int32{
-	7,  // 0: vmruntime.agent.v1.ConfigureSandboxRequest.interfaces:type_name -> vmruntime.agent.v1.Interface
-	8,  // 1: vmruntime.agent.v1.ConfigureSandboxRequest.routes:type_name -> vmruntime.agent.v1.Route
-	54, // 2: vmruntime.agent.v1.ConfigureSandboxRequest.sysctls:type_name -> vmruntime.agent.v1.ConfigureSandboxRequest.SysctlsEntry
-	9,  // 3: vmruntime.agent.v1.ConfigureSandboxRequest.neighbors:type_name -> vmruntime.agent.v1.Neighbor
+	8,  // 0: vmruntime.agent.v1.ConfigureSandboxRequest.interfaces:type_name -> vmruntime.agent.v1.Interface
+	9,  // 1: vmruntime.agent.v1.ConfigureSandboxRequest.routes:type_name -> vmruntime.agent.v1.Route
+	55, // 2: vmruntime.agent.v1.ConfigureSandboxRequest.sysctls:type_name -> vmruntime.agent.v1.ConfigureSandboxRequest.SysctlsEntry
+	10, // 3: vmruntime.agent.v1.ConfigureSandboxRequest.neighbors:type_name -> vmruntime.agent.v1.Neighbor
 	6,  // 4: vmruntime.agent.v1.ConfigureSandboxRequest.users:type_name -> vmruntime.agent.v1.IDRange
 	6,  // 5: vmruntime.agent.v1.ConfigureSandboxRequest.groups:type_name -> vmruntime.agent.v1.IDRange
-	11, // 6: vmruntime.agent.v1.PutFilesRequest.entries:type_name -> vmruntime.agent.v1.FileEntry
-	16, // 7: vmruntime.agent.v1.CreateContainerRequest.images:type_name -> vmruntime.agent.v1.ImageMount
+	12, // 6: vmruntime.agent.v1.PutFilesRequest.entries:type_name -> vmruntime.agent.v1.FileEntry
+	17, // 7: vmruntime.agent.v1.CreateContainerRequest.images:type_name -> vmruntime.agent.v1.ImageMount
 	0,  // 8: vmruntime.agent.v1.CreateContainerRequest.pid_namespace:type_name -> vmruntime.agent.v1.PidNamespace
-	21, // 9: vmruntime.agent.v1.SignalRequest.process:type_name -> vmruntime.agent.v1.ProcessRef
-	21, // 10: vmruntime.agent.v1.ReadOutputRequest.process:type_name -> vmruntime.agent.v1.ProcessRef
-	28, // 11: vmruntime.agent.v1.ReadOutputResponse.chunks:type_name -> vmruntime.agent.v1.OutputChunk
-	25, // 12: vmruntime.agent.v1.ReadOutputResponse.state:type_name -> vmruntime.agent.v1.ProcessState
+	22, // 9: vmruntime.agent.v1.SignalRequest.process:type_name -> vmruntime.agent.v1.ProcessRef
+	22, // 10: vmruntime.agent.v1.ReadOutputRequest.process:type_name -> vmruntime.agent.v1.ProcessRef
+	29, // 11: vmruntime.agent.v1.ReadOutputResponse.chunks:type_name -> vmruntime.agent.v1.OutputChunk
+	26, // 12: vmruntime.agent.v1.ReadOutputResponse.state:type_name -> vmruntime.agent.v1.ProcessState
 	1,  // 13: vmruntime.agent.v1.OutputChunk.stream:type_name -> vmruntime.agent.v1.OutputChunk.Stream
-	21, // 14: vmruntime.agent.v1.WriteStdinRequest.process:type_name -> vmruntime.agent.v1.ProcessRef
-	21, // 15: vmruntime.agent.v1.ResizeTerminalRequest.process:type_name -> vmruntime.agent.v1.ProcessRef
-	34, // 16: vmruntime.agent.v1.FreezeResponse.ends:type_name -> vmruntime.agent.v1.OutputEnd
+	22, // 14: vmruntime.agent.v1.WriteStdinRequest.process:type_name -> vmruntime.agent.v1.ProcessRef
+	22, // 15: vmruntime.agent.v1.ResizeTerminalRequest.process:type_name -> vmruntime.agent.v1.ProcessRef
+	35, // 16: vmruntime.agent.v1.FreezeResponse.ends:type_name -> vmruntime.agent.v1.OutputEnd
 	5,  // 17: vmruntime.agent.v1.AdoptRequest.sandbox:type_name -> vmruntime.agent.v1.ConfigureSandboxRequest
-	37, // 18: vmruntime.agent.v1.AdoptRequest.hardware:type_name -> vmruntime.agent.v1.HardwareAddress
-	25, // 19: vmruntime.agent.v1.ListResponse.processes:type_name -> vmruntime.agent.v1.ProcessState
-	42, // 20: vmruntime.agent.v1.StatsResponse.containers:type_name -> vmruntime.agent.v1.ContainerStats
-	43, // 21: vmruntime.agent.v1.StatsResponse.guest:type_name -> vmruntime.agent.v1.CgroupStats
-	43, // 22: vmruntime.agent.v1.ContainerStats.cgroup:type_name -> vmruntime.agent.v1.CgroupStats
-	45, // 23: vmruntime.agent.v1.CgroupStats.cpu_pressure:type_name -> vmruntime.agent.v1.Pressure
-	45, // 24: vmruntime.agent.v1.CgroupStats.memory_pressure:type_name -> vmruntime.agent.v1.Pressure
-	45, // 25: vmruntime.agent.v1.CgroupStats.io_pressure:type_name -> vmruntime.agent.v1.Pressure
-	44, // 26: vmruntime.agent.v1.CgroupStats.disks:type_name -> vmruntime.agent.v1.DiskIO
-	46, // 27: vmruntime.agent.v1.Pressure.some:type_name -> vmruntime.agent.v1.PressureLine
-	46, // 28: vmruntime.agent.v1.Pressure.full:type_name -> vmruntime.agent.v1.PressureLine
+	38, // 18: vmruntime.agent.v1.AdoptRequest.hardware:type_name -> vmruntime.agent.v1.HardwareAddress
+	26, // 19: vmruntime.agent.v1.ListResponse.processes:type_name -> vmruntime.agent.v1.ProcessState
+	43, // 20: vmruntime.agent.v1.StatsResponse.containers:type_name -> vmruntime.agent.v1.ContainerStats
+	44, // 21: vmruntime.agent.v1.StatsResponse.guest:type_name -> vmruntime.agent.v1.CgroupStats
+	44, // 22: vmruntime.agent.v1.ContainerStats.cgroup:type_name -> vmruntime.agent.v1.CgroupStats
+	46, // 23: vmruntime.agent.v1.CgroupStats.cpu_pressure:type_name -> vmruntime.agent.v1.Pressure
+	46, // 24: vmruntime.agent.v1.CgroupStats.memory_pressure:type_name -> vmruntime.agent.v1.Pressure
+	46, // 25: vmruntime.agent.v1.CgroupStats.io_pressure:type_name -> vmruntime.agent.v1.Pressure
+	45, // 26: vmruntime.agent.v1.CgroupStats.disks:type_name -> vmruntime.agent.v1.DiskIO
+	47, // 27: vmruntime.agent.v1.Pressure.some:type_name -> vmruntime.agent.v1.PressureLine
+	47, // 28: vmruntime.agent.v1.Pressure.full:type_name -> vmruntime.agent.v1.PressureLine
 	3,  // 29: vmruntime.agent.v1.Agent.Info:input_type -> vmruntime.agent.v1.InfoRequest
 	5,  // 30: vmruntime.agent.v1.Agent.ConfigureSandbox:input_type -> vmruntime.agent.v1.ConfigureSandboxRequest
-	10, // 31: vmruntime.agent.v1.Agent.PutFiles:input_type -> vmruntime.agent.v1.PutFilesRequest
-	12, // 32: vmruntime.agent.v1.Agent.GetFile:input_type -> vmruntime.agent.v1.GetFileRequest
-	14, // 33: vmruntime.agent.v1.Agent.MountShare:input_type -> vmruntime.agent.v1.MountShareRequest
-	15, // 34: vmruntime.agent.v1.Agent.CreateContainer:input_type -> vmruntime.agent.v1.CreateContainerRequest
-	17, // 35: vmruntime.agent.v1.Agent.StartContainer:input_type -> vmruntime.agent.v1.StartContainerRequest
-	19, // 36: vmruntime.agent.v1.Agent.UpdateContainer:input_type -> vmruntime.agent.v1.UpdateContainerRequest
-	20, // 37: vmruntime.agent.v1.Agent.RemoveContainer:input_type -> vmruntime.agent.v1.RemoveContainerRequest
-	22, // 38: vmruntime.agent.v1.Agent.Exec:input_type -> vmruntime.agent.v1.ExecRequest
-	21, // 39: vmruntime.agent.v1.Agent.RemoveExec:input_type -> vmruntime.agent.v1.ProcessRef
-	24, // 40: vmruntime.agent.v1.Agent.Signal:input_type -> vmruntime.agent.v1.SignalRequest
-	21, // 41: vmruntime.agent.v1.Agent.Wait:input_type -> vmruntime.agent.v1.ProcessRef
-	26, // 42: vmruntime.agent.v1.Agent.ReadOutput:input_type -> vmruntime.agent.v1.ReadOutputRequest
-	29, // 43: vmruntime.agent.v1.Agent.WriteStdin:input_type -> vmruntime.agent.v1.WriteStdinRequest
-	21, // 44: vmruntime.agent.v1.Agent.CloseStdin:input_type -> vmruntime.agent.v1.ProcessRef
-	31, // 45: vmruntime.agent.v1.Agent.ResizeTerminal:input_type -> vmruntime.agent.v1.ResizeTerminalRequest
-	32, // 46: vmruntime.agent.v1.Agent.Freeze:input_type -> vmruntime.agent.v1.FreezeRequest
-	35, // 47: vmruntime.agent.v1.Agent.Thaw:input_type -> vmruntime.agent.v1.ThawRequest
-	36, // 48: vmruntime.agent.v1.Agent.Adopt:input_type -> vmruntime.agent.v1.AdoptRequest
-	38, // 49: vmruntime.agent.v1.Agent.List:input_type -> vmruntime.agent.v1.ListRequest
-	40, // 50: vmruntime.agent.v1.Agent.Stats:input_type -> vmruntime.agent.v1.StatsRequest
-	47, // 51: vmruntime.agent.v1.Agent.Dial:input_type -> vmruntime.agent.v1.DialRequest
-	49, // 52: vmruntime.agent.v1.Agent.ConnRead:input_type -> vmruntime.agent.v1.ConnReadRequest
-	51, // 53: vmruntime.agent.v1.Agent.ConnWrite:input_type -> vmruntime.agent.v1.ConnWriteRequest
-	52, // 54: vmruntime.agent.v1.Agent.ConnClose:input_type -> vmruntime.agent.v1.ConnCloseRequest
-	53, // 55: vmruntime.agent.v1.Agent.Shutdown:input_type -> vmruntime.agent.v1.ShutdownRequest
-	4,  // 56: vmruntime.agent.v1.Agent.Info:output_type -> vmruntime.agent.v1.InfoResponse
-	2,  // 57: vmruntime.agent.v1.Agent.ConfigureSandbox:output_type -> vmruntime.agent.v1.Empty
-	2,  // 58: vmruntime.agent.v1.Agent.PutFiles:output_type -> vmruntime.agent.v1.Empty
-	13, // 59: vmruntime.agent.v1.Agent.GetFile:output_type -> vmruntime.agent.v1.GetFileResponse
-	2,  // 60: vmruntime.agent.v1.Agent.MountShare:output_type -> vmruntime.agent.v1.Empty
-	2,  // 61: vmruntime.agent.v1.Agent.CreateContainer:output_type -> vmruntime.agent.v1.Empty
-	18, // 62: vmruntime.agent.v1.Agent.StartContainer:output_type -> vmruntime.agent.v1.StartContainerResponse
-	2,  // 63: vmruntime.agent.v1.Agent.UpdateContainer:output_type -> vmruntime.agent.v1.Empty
-	2,  // 64: vmruntime.agent.v1.Agent.RemoveContainer:output_type -> vmruntime.agent.v1.Empty
-	23, // 65: vmruntime.agent.v1.Agent.Exec:output_type -> vmruntime.agent.v1.ExecResponse
-	2,  // 66: vmruntime.agent.v1.Agent.RemoveExec:output_type -> vmruntime.agent.v1.Empty
-	2,  // 67: vmruntime.agent.v1.Agent.Signal:output_type -> vmruntime.agent.v1.Empty
-	25, // 68: vmruntime.agent.v1.Agent.Wait:output_type -> vmruntime.agent.v1.ProcessState
-	27, // 69: vmruntime.agent.v1.Agent.ReadOutput:output_type -> vmruntime.agent.v1.ReadOutputResponse
-	30, // 70: vmruntime.agent.v1.Agent.WriteStdin:output_type -> vmruntime.agent.v1.WriteStdinResponse
-	2,  // 71: vmruntime.agent.v1.Agent.CloseStdin:output_type -> vmruntime.agent.v1.Empty
-	2,  // 72: vmruntime.agent.v1.Agent.ResizeTerminal:output_type -> vmruntime.agent.v1.Empty
-	33, // 73: vmruntime.agent.v1.Agent.Freeze:output_type -> vmruntime.agent.v1.FreezeResponse
-	2,  // 74: vmruntime.agent.v1.Agent.Thaw:output_type -> vmruntime.agent.v1.Empty
-	2,  // 75: vmruntime.agent.v1.Agent.Adopt:output_type -> vmruntime.agent.v1.Empty
-	39, // 76: vmruntime.agent.v1.Agent.List:output_type -> vmruntime.agent.v1.ListResponse
-	41, // 77: vmruntime.agent.v1.Agent.Stats:output_type -> vmruntime.agent.v1.StatsResponse
-	48, // 78: vmruntime.agent.v1.Agent.Dial:output_type -> vmruntime.agent.v1.DialResponse
-	50, // 79: vmruntime.agent.v1.Agent.ConnRead:output_type -> vmruntime.agent.v1.ConnReadResponse
-	2,  // 80: vmruntime.agent.v1.Agent.ConnWrite:output_type -> vmruntime.agent.v1.Empty
-	2,  // 81: vmruntime.agent.v1.Agent.ConnClose:output_type -> vmruntime.agent.v1.Empty
-	2,  // 82: vmruntime.agent.v1.Agent.Shutdown:output_type -> vmruntime.agent.v1.Empty
-	56, // [56:83] is the sub-list for method output_type
-	29, // [29:56] is the sub-list for method input_type
+	7,  // 31: vmruntime.agent.v1.Agent.Prepare:input_type -> vmruntime.agent.v1.PrepareRequest
+	11, // 32: vmruntime.agent.v1.Agent.PutFiles:input_type -> vmruntime.agent.v1.PutFilesRequest
+	13, // 33: vmruntime.agent.v1.Agent.GetFile:input_type -> vmruntime.agent.v1.GetFileRequest
+	15, // 34: vmruntime.agent.v1.Agent.MountShare:input_type -> vmruntime.agent.v1.MountShareRequest
+	16, // 35: vmruntime.agent.v1.Agent.CreateContainer:input_type -> vmruntime.agent.v1.CreateContainerRequest
+	18, // 36: vmruntime.agent.v1.Agent.StartContainer:input_type -> vmruntime.agent.v1.StartContainerRequest
+	20, // 37: vmruntime.agent.v1.Agent.UpdateContainer:input_type -> vmruntime.agent.v1.UpdateContainerRequest
+	21, // 38: vmruntime.agent.v1.Agent.RemoveContainer:input_type -> vmruntime.agent.v1.RemoveContainerRequest
+	23, // 39: vmruntime.agent.v1.Agent.Exec:input_type -> vmruntime.agent.v1.ExecRequest
+	22, // 40: vmruntime.agent.v1.Agent.RemoveExec:input_type -> vmruntime.agent.v1.ProcessRef
+	25, // 41: vmruntime.agent.v1.Agent.Signal:input_type -> vmruntime.agent.v1.SignalRequest
+	22, // 42: vmruntime.agent.v1.Agent.Wait:input_type -> vmruntime.agent.v1.ProcessRef
+	27, // 43: vmruntime.agent.v1.Agent.ReadOutput:input_type -> vmruntime.agent.v1.ReadOutputRequest
+	30, // 44: vmruntime.agent.v1.Agent.WriteStdin:input_type -> vmruntime.agent.v1.WriteStdinRequest
+	22, // 45: vmruntime.agent.v1.Agent.CloseStdin:input_type -> vmruntime.agent.v1.ProcessRef
+	32, // 46: vmruntime.agent.v1.Agent.ResizeTerminal:input_type -> vmruntime.agent.v1.ResizeTerminalRequest
+	33, // 47: vmruntime.agent.v1.Agent.Freeze:input_type -> vmruntime.agent.v1.FreezeRequest
+	36, // 48: vmruntime.agent.v1.Agent.Thaw:input_type -> vmruntime.agent.v1.ThawRequest
+	37, // 49: vmruntime.agent.v1.Agent.Adopt:input_type -> vmruntime.agent.v1.AdoptRequest
+	39, // 50: vmruntime.agent.v1.Agent.List:input_type -> vmruntime.agent.v1.ListRequest
+	41, // 51: vmruntime.agent.v1.Agent.Stats:input_type -> vmruntime.agent.v1.StatsRequest
+	48, // 52: vmruntime.agent.v1.Agent.Dial:input_type -> vmruntime.agent.v1.DialRequest
+	50, // 53: vmruntime.agent.v1.Agent.ConnRead:input_type -> vmruntime.agent.v1.ConnReadRequest
+	52, // 54: vmruntime.agent.v1.Agent.ConnWrite:input_type -> vmruntime.agent.v1.ConnWriteRequest
+	53, // 55: vmruntime.agent.v1.Agent.ConnClose:input_type -> vmruntime.agent.v1.ConnCloseRequest
+	54, // 56: vmruntime.agent.v1.Agent.Shutdown:input_type -> vmruntime.agent.v1.ShutdownRequest
+	4,  // 57: vmruntime.agent.v1.Agent.Info:output_type -> vmruntime.agent.v1.InfoResponse
+	2,  // 58: vmruntime.agent.v1.Agent.ConfigureSandbox:output_type -> vmruntime.agent.v1.Empty
+	2,  // 59: vmruntime.agent.v1.Agent.Prepare:output_type -> vmruntime.agent.v1.Empty
+	2,  // 60: vmruntime.agent.v1.Agent.PutFiles:output_type -> vmruntime.agent.v1.Empty
+	14, // 61: vmruntime.agent.v1.Agent.GetFile:output_type -> vmruntime.agent.v1.GetFileResponse
+	2,  // 62: vmruntime.agent.v1.Agent.MountShare:output_type -> vmruntime.agent.v1.Empty
+	2,  // 63: vmruntime.agent.v1.Agent.CreateContainer:output_type -> vmruntime.agent.v1.Empty
+	19, // 64: vmruntime.agent.v1.Agent.StartContainer:output_type -> vmruntime.agent.v1.StartContainerResponse
+	2,  // 65: vmruntime.agent.v1.Agent.UpdateContainer:output_type -> vmruntime.agent.v1.Empty
+	2,  // 66: vmruntime.agent.v1.Agent.RemoveContainer:output_type -> vmruntime.agent.v1.Empty
+	24, // 67: vmruntime.agent.v1.Agent.Exec:output_type -> vmruntime.agent.v1.ExecResponse
+	2,  // 68: vmruntime.agent.v1.Agent.RemoveExec:output_type -> vmruntime.agent.v1.Empty
+	2,  // 69: vmruntime.agent.v1.Agent.Signal:output_type -> vmruntime.agent.v1.Empty
+	26, // 70: vmruntime.agent.v1.Agent.Wait:output_type -> vmruntime.agent.v1.ProcessState
+	28, // 71: vmruntime.agent.v1.Agent.ReadOutput:output_type -> vmruntime.agent.v1.ReadOutputResponse
+	31, // 72: vmruntime.agent.v1.Agent.WriteStdin:output_type -> vmruntime.agent.v1.WriteStdinResponse
+	2,  // 73: vmruntime.agent.v1.Agent.CloseStdin:output_type -> vmruntime.agent.v1.Empty
+	2,  // 74: vmruntime.agent.v1.Agent.ResizeTerminal:output_type -> vmruntime.agent.v1.Empty
+	34, // 75: vmruntime.agent.v1.Agent.Freeze:output_type -> vmruntime.agent.v1.FreezeResponse
+	2,  // 76: vmruntime.agent.v1.Agent.Thaw:output_type -> vmruntime.agent.v1.Empty
+	2,  // 77: vmruntime.agent.v1.Agent.Adopt:output_type -> vmruntime.agent.v1.Empty
+	40, // 78: vmruntime.agent.v1.Agent.List:output_type -> vmruntime.agent.v1.ListResponse
+	42, // 79: vmruntime.agent.v1.Agent.Stats:output_type -> vmruntime.agent.v1.StatsResponse
+	49, // 80: vmruntime.agent.v1.Agent.Dial:output_type -> vmruntime.agent.v1.DialResponse
+	51, // 81: vmruntime.agent.v1.Agent.ConnRead:output_type -> vmruntime.agent.v1.ConnReadResponse
+	2,  // 82: vmruntime.agent.v1.Agent.ConnWrite:output_type -> vmruntime.agent.v1.Empty
+	2,  // 83: vmruntime.agent.v1.Agent.ConnClose:output_type -> vmruntime.agent.v1.Empty
+	2,  // 84: vmruntime.agent.v1.Agent.Shutdown:output_type -> vmruntime.agent.v1.Empty
+	57, // [57:85] is the sub-list for method output_type
+	29, // [29:57] is the sub-list for method input_type
 	29, // [29:29] is the sub-list for extension type_name
 	29, // [29:29] is the sub-list for extension extendee
 	0,  // [0:29] is the sub-list for field type_name
@@ -4026,7 +4080,7 @@ func file_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_proto_rawDesc), len(file_agent_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   53,
+			NumMessages:   54,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -10,6 +10,7 @@ import (
 type AgentService interface {
 	Info(context.Context, *InfoRequest) (*InfoResponse, error)
 	ConfigureSandbox(context.Context, *ConfigureSandboxRequest) (*Empty, error)
+	Prepare(context.Context, *PrepareRequest) (*Empty, error)
 	PutFiles(context.Context, *PutFilesRequest) (*Empty, error)
 	GetFile(context.Context, *GetFileRequest) (*GetFileResponse, error)
 	MountShare(context.Context, *MountShareRequest) (*Empty, error)
@@ -53,6 +54,13 @@ func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 					return nil, err
 				}
 				return svc.ConfigureSandbox(ctx, &req)
+			},
+			"Prepare": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req PrepareRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Prepare(ctx, &req)
 			},
 			"PutFiles": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req PutFilesRequest
@@ -254,6 +262,14 @@ func (c *agentClient) Info(ctx context.Context, req *InfoRequest) (*InfoResponse
 func (c *agentClient) ConfigureSandbox(ctx context.Context, req *ConfigureSandboxRequest) (*Empty, error) {
 	var resp Empty
 	if err := c.client.Call(ctx, "vmruntime.agent.v1.Agent", "ConfigureSandbox", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentClient) Prepare(ctx context.Context, req *PrepareRequest) (*Empty, error) {
+	var resp Empty
+	if err := c.client.Call(ctx, "vmruntime.agent.v1.Agent", "Prepare", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

@@ -383,6 +383,11 @@ func (m *machineSession) GetFile(context.Context, *agentpb.GetFileRequest) (*age
 	return nil, notInMachine("GetFile")
 }
 
+// Prepare is not for machines.
+func (m *machineSession) Prepare(context.Context, *agentpb.PrepareRequest) (*agentpb.Empty, error) {
+	return nil, notInMachine("Prepare")
+}
+
 // MountShare is not for machines.
 func (m *machineSession) MountShare(context.Context, *agentpb.MountShareRequest) (*agentpb.Empty, error) {
 	return nil, notInMachine("MountShare")

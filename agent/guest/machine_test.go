@@ -223,6 +223,7 @@ func testMachineRefuses(t *testing.T, _ *osMachine, c *agent.Client) {
 		"ConfigureSandbox": func() error { _, err := c.ConfigureSandbox(ctx, &agentpb.ConfigureSandboxRequest{}); return err },
 		"PutFiles":         func() error { _, err := c.PutFiles(ctx, &agentpb.PutFilesRequest{Name: "x"}); return err },
 		"GetFile":          func() error { _, err := c.GetFile(ctx, &agentpb.GetFileRequest{}); return err },
+		"Prepare":          func() error { _, err := c.Prepare(ctx, &agentpb.PrepareRequest{}); return err },
 		"MountShare":       func() error { _, err := c.MountShare(ctx, &agentpb.MountShareRequest{}); return err },
 		"CreateContainer":  func() error { _, err := c.CreateContainer(ctx, &agentpb.CreateContainerRequest{}); return err },
 		"StartContainer": func() error {

@@ -29,6 +29,7 @@ func (s *Server) ConfigureSandbox(ctx context.Context, req *agentpb.ConfigureSan
 	}{
 		{"time_unix_nano", func() error { return setClock(req.TimeUnixNano) }},
 		{"entropy", func() error { return addEntropy(req.Entropy) }},
+		{"restored", func() error { return s.bindAnew(req.Restored) }},
 		{"hostname", func() error { return setHostname(req.Hostname) }},
 		{"scratch_disk", func() error { return s.mountScratch(ctx, req.ScratchDisk) }},
 		{"shm_size_bytes", func() error { return s.mountShm(req.ShmSizeBytes) }},
@@ -56,7 +57,7 @@ func setClock(nano int64) error {
 	return unix.Settimeofday(&tv)
 }
 
-// addEntropy mixes the bytes into the random pool and credits them, as random(4) describes.
+// addEntropy mixes the bytes into the random pool, credits them, and has the kernel's generator begin anew from the pool, as random(4) describes.
 func addEntropy(p []byte) error {
 	if len(p) == 0 {
 		return nil
@@ -71,6 +72,11 @@ func addEntropy(p []byte) error {
 	buf[0], buf[1] = int32(len(p)*8), int32(len(p))
 	copy(unsafe.Slice((*byte)(unsafe.Pointer(&buf[0])), len(buf)*4)[header:], p)
 	_, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), unix.RNDADDENTROPY, uintptr(unsafe.Pointer(&buf[0])))
+	if errno != 0 {
+		return errno
+	}
+	// At once, and not when the kernel next does so by itself: another guest may have begun with the same pool.
+	_, _, errno = unix.Syscall(unix.SYS_IOCTL, f.Fd(), unix.RNDRESEEDCRNG, 0)
 	if errno != 0 {
 		return errno
 	}

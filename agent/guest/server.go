@@ -61,6 +61,7 @@ type Server struct {
 
 	sandbox    sync.Mutex // serialises ConfigureSandbox, MountShare, Shutdown
 	configured atomic.Bool
+	bound      bool       // the devices of a restored guest have been bound anew; sandbox guards it
 	files      sync.Mutex // serialises PutFiles
 
 	// machine says that the guest has booted an operating system of its own; see machine.go.
@@ -245,9 +246,12 @@ func (s *Server) Info(context.Context, *agentpb.InfoRequest) (*agentpb.InfoRespo
 	if err := unix.Uname(&uts); err != nil {
 		return nil, err
 	}
-	bootID, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		return nil, err
+	var bootID []byte
+	if s.configured.Load() || s.machine {
+		var err error
+		if bootID, err = os.ReadFile("/proc/sys/kernel/random/boot_id"); err != nil {
+			return nil, err
+		}
 	}
 	return &agentpb.InfoResponse{
 		AgentVersion: s.opts.Version, KernelRelease: unix.ByteSliceToString(uts.Release[:]),

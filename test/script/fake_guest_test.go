@@ -159,6 +159,10 @@ func (g *fakeGuest) ConfigureSandbox(context.Context, *agentpb.ConfigureSandboxR
 	return &agentpb.Empty{}, nil
 }
 
+func (g *fakeGuest) Prepare(context.Context, *agentpb.PrepareRequest) (*agentpb.Empty, error) {
+	return &agentpb.Empty{}, nil
+}
+
 func (g *fakeGuest) PutFiles(_ context.Context, r *agentpb.PutFilesRequest) (*agentpb.Empty, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
