@@ -15,7 +15,9 @@ import (
 )
 
 const (
-	diskTimeout = 10 * time.Second
+	// diskTimeout is as long as a guest may take to see a disk that it has: one that is emulated on a busy node takes
+	// a quarter of a minute for what it boots with.
+	diskTimeout = time.Minute
 	diskPoll    = 5 * time.Millisecond
 )
 
