@@ -13,7 +13,7 @@ PACKAGES := ./...
 GUEST := out/guest
 GUEST_INPUTS := go.mod go.sum $(shell find deploy/guest cmd/vmagent agent -name '*.go' ! -name '*_test.go' 2>/dev/null)
 
-.PHONY: run run-machine cluster cluster-down test check build guest tools lint generate generate-check unit system critest critest-soak conformance bench install-deps clean help
+.PHONY: run run-machine cluster cluster-down test test-cluster check build guest tools lint generate generate-check unit system critest critest-soak conformance bench install-deps clean help
 
 run: install-deps build guest node-tools ## bring up a private node and run a normal pod and a VM pod (KEEP=1 leaves it up)
 	go run ./test/cmd/node $(if $(KEEP),-keep)
@@ -33,6 +33,9 @@ test: install-deps ## everything: lint, unit, golden, node, VM and critest (root
 	$(MAKE) unit
 	$(MAKE) system
 	$(MAKE) critest
+
+test-cluster: install-deps build guest cluster-tools ## what Kubernetes does with pods, on a cluster, as containers and as VMs
+	go test ./test/cluster -v -count=1 -timeout 2h -parallel 3 -whole
 
 check: lint ## lint, unit and golden tests (under 2 minutes, no root)
 	go test -short $(PACKAGES)

@@ -113,7 +113,8 @@ contexts:
 current-context: cluster
 `
 
-// The kubelet's own cgroups are the node's; it evicts nothing for how full the machine's disk is.
+// The kubelet's own cgroups are the node's; it evicts nothing for how full the machine's disk is, and waits for guests that
+// a busy machine emulates.
 const kubeletConfig = `apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
 containerRuntimeEndpoint: unix://{{.Socket}}
@@ -142,6 +143,7 @@ registryPullQPS: 0
 maxPods: 250
 podPidsLimit: -1
 syncFrequency: 10s
+runtimeRequestTimeout: 8m
 evictionHard: {memory.available: 100Mi, nodefs.available: 1%, imagefs.available: 1%}
 imageGCHighThresholdPercent: 100
 `

@@ -87,7 +87,7 @@ func use(t *testing.T) (context.Context, *cluster.Cluster) {
 	if noCluster != "" {
 		t.Skip(noCluster)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Minute)
 	t.Cleanup(cancel)
 	return ctx, theCluster
 }

@@ -1,0 +1,76 @@
+package cluster_test
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vmruntime/vmruntime/test/cluster"
+)
+
+// scaleTo is how many VM pods TestScale has at once. Each takes a processor to boot and about 250 MiB.
+var scaleTo = flag.Int("scale", 8, "VM pods of the scale test's Deployment")
+
+// A Deployment of VM pods is scaled up and down, and leaves nothing. No other test runs then.
+func TestScale(t *testing.T) {
+	n := newNamespace(t, true)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(n.ctx), time.Hour)
+	defer cancel()
+	n.ctx = ctx
+	n.apply(t, `
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: many}
+spec:
+  replicas: 0
+  progressDeadlineSeconds: 3600
+  selector: {matchLabels: {app: many}}
+  template:
+    metadata: {labels: {app: many}}
+    spec:
+      CLASS
+      terminationGracePeriodSeconds: 1
+      containers: [{name: main, image: BUSYBOX, command: [sleep, "1000000"], resources: {limits: {memory: 32Mi}}}]`)
+	for range 2 {
+		for _, replicas := range []int{*scaleTo, 0} {
+			n.kubectl(t, "scale", "deployment/many", fmt.Sprintf("--replicas=%d", replicas))
+			n.kubectl(t, "rollout", "status", "deployment/many", "--timeout=30m")
+		}
+		n.kubectl(t, "wait", "pod", "-l", "app=many", "--for=delete", "--timeout=10m")
+	}
+	err := cluster.Await(n.ctx, awaitTimeout, "nothing to be left", func(ctx context.Context) error {
+		lines, err := n.Leaks(ctx)
+		if err == nil && len(lines) > 0 {
+			err = fmt.Errorf("left on the node:\n  %s", strings.Join(lines, "\n  "))
+		}
+		return err
+	})
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+// The example of two tiers runs as it is, and keeps in one tier what is said in the other.
+func TestExample(t *testing.T) {
+	t.Parallel()
+	n := newNamespace(t, true)
+	n.kubectl(t, "apply", "-f", "../../deploy/examples/guestbook.yaml")
+	for _, tier := range []string{"agnhost-primary", "agnhost-replica", "guestbook"} {
+		n.kubectl(t, "rollout", "status", "deployment/"+tier, "--timeout=5m")
+	}
+	ask := func(query string) string {
+		return n.kubectl(t, "exec", "deployment/agnhost-replica", "--", "curl", "-s", "http://guestbook/guestbook?"+query)
+	}
+	n.await(t, "the replica to be known to the primary", func() error {
+		if out := ask("cmd=set&key=messages&value=hello"); !strings.Contains(out, "Updated") {
+			return fmt.Errorf("the guest book says %q", out)
+		}
+		if out := ask("cmd=get&key=messages"); !strings.Contains(out, "hello") {
+			return fmt.Errorf("the guest book says %q", out)
+		}
+		return nil
+	})
+}

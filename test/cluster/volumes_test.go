@@ -1,0 +1,263 @@
+package cluster_test
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/vmruntime/vmruntime/test/cluster"
+)
+
+// What the API changes in volumes that it fills is seen in a running pod, but not where one file is mounted alone.
+func TestLiveVolumes(t *testing.T) {
+	eachRuntime(t, func(t *testing.T, n *namespace) {
+		n.apply(t, `
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: config}
+data: {key: old}
+---
+apiVersion: v1
+kind: Secret
+metadata: {name: secret}
+stringData: {key: old}`)
+		n.run(t, "p", `
+containers:
+- name: main
+  image: BUSYBOX
+  command: [sleep, "1000000"]
+  env: [{name: NAME, valueFrom: {fieldRef: {fieldPath: metadata.name}}}, {name: KEY, valueFrom: {configMapKeyRef: {name: config, key: key}}}]
+  volumeMounts:
+  - {name: config, mountPath: /config}
+  - {name: secret, mountPath: /secret}
+  - {name: down, mountPath: /down}
+  - {name: all, mountPath: /all}
+  - {name: config, mountPath: /alone, subPath: key}
+volumes:
+- {name: config, configMap: {name: config}}
+- {name: secret, secret: {secretName: secret, defaultMode: 0400}}
+- {name: down, downwardAPI: {items: [{path: key, fieldRef: {fieldPath: "metadata.labels['key']"}}]}}
+- name: all
+  projected:
+    sources:
+    - configMap: {name: config}
+    - serviceAccountToken: {path: token, expirationSeconds: 600, audience: test}`)
+		if got := n.exec(t, "p", "stat -Lc %a /secret/key; echo $NAME $KEY; cut -d. -f2 /all/token | wc -w; cat /down/key /config/key"); got != "400\np old\n1\nold" {
+			t.Errorf("the volumes are %q", got)
+		}
+		n.kubectl(t, "patch", "configmap", "config", "-p", `{"data":{"key":"new","more":"added"}}`)
+		n.kubectl(t, "patch", "secret", "secret", "-p", `{"stringData":{"key":"new"}}`)
+		n.kubectl(t, "label", "pod", "p", "key=new")
+		n.awaitOutput(t, "p", "cat /config/key /config/more /secret/key /down/key /all/key /all/more", "newaddednewnewnewadded")
+		if got := n.exec(t, "p", "cat /alone"); got != "old" {
+			t.Errorf("the key that is mounted by subPath is %q, want %q until the container starts again", got, "old")
+		}
+	})
+}
+
+// Volumes of a node's directories: by subPath and subPathExpr, in memory, read-only, and with their owners.
+func TestDirectories(t *testing.T) {
+	eachRuntime(t, func(t *testing.T, n *namespace) {
+		dir := t.TempDir()
+		if err := os.Chmod(filepath.Dir(dir), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		// A mount that propagates has to be shared where it is made.
+		if err := errors.Join(unix.Mount(dir, dir, "", unix.MS_BIND, ""), unix.Mount("", dir, "", unix.MS_SHARED, "")); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := unix.Unmount(dir, 0); err != nil {
+				t.Error(err)
+			}
+		})
+		inner := filepath.Join(dir, "inner")
+		if err := os.Mkdir(inner, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Mount("inner", inner, "tmpfs", 0, ""); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := unix.Unmount(inner, 0); err != nil {
+				t.Error(err)
+			}
+		})
+		n.run(t, "p", strings.ReplaceAll(`
+securityContext: {runAsUser: 1000, runAsGroup: 1000, fsGroup: 2000, supplementalGroups: [3000]}
+containers:
+- name: main
+  image: BUSYBOX
+  command: [sleep, "1000000"]
+  env: [{name: NAME, valueFrom: {fieldRef: {fieldPath: metadata.name}}}]
+  volumeMounts:
+  - {name: disk, mountPath: /disk}
+  - {name: disk, mountPath: /sub, subPath: a/b}
+  - {name: disk, mountPath: /expr, subPathExpr: x-$(NAME)}
+  - {name: memory, mountPath: /memory}
+  - {name: host, mountPath: /host}
+  - {name: host, mountPath: /ro, readOnly: true}
+  - {name: host, mountPath: /rro, readOnly: true, recursiveReadOnly: Enabled}
+- name: root
+  image: BUSYBOX
+  command: [sleep, "1000000"]
+  securityContext: {runAsUser: 0, readOnlyRootFilesystem: true}
+  volumeMounts: [{name: disk, mountPath: /disk}, {name: host, mountPath: /host, mountPropagation: HostToContainer}]
+- name: image
+  image: BUSYBOX
+  command: [sleep, "1000000"]
+  volumeMounts: [{name: image, mountPath: /image}]
+volumes:
+- {name: disk, emptyDir: {}}
+- {name: memory, emptyDir: {medium: Memory, sizeLimit: 8Mi}}
+- {name: host, hostPath: {path: DIR, type: Directory}}
+- {name: image, image: {reference: AGNHOST}}`, "DIR", dir))
+		for _, c := range []struct{ container, script, want string }{
+			{"main", "id -G", "1000 2000 3000"},
+			{"main", "echo f >/disk/f; stat -c %u:%g /disk/f", "1000:2000"},
+			{"main", "echo s >/sub/s; cat /disk/a/b/s; echo e >/expr/e; cat /disk/x-p/e", "s\ne"},
+			{"main", "echo m >/memory/m; cat /memory/m", "m"},
+			{"main", "dd if=/dev/zero of=/memory/big bs=1M count=20 2>/dev/null || echo full; rm /memory/big", "full"},
+			{"main", "touch /ro/f 2>/dev/null || echo refused", "refused"},
+			{"root", "cat /disk/f; touch /f 2>/dev/null || echo refused; echo w >/host/w; echo i >/host/inner/i", "f\nrefused"},
+			{"main", "cat /ro/w /rro/w /rro/inner/i", "w\nw\ni"},
+			{"main", "touch /rro/inner/f 2>&1 | grep -o 'Read-only.*'", "Read-only file system"},
+			{"image", "/image/agnhost --help >/dev/null && touch /image/f 2>&1 | grep -o 'Read-only.*'", "Read-only file system"},
+		} {
+			if got := n.kubectl(t, "exec", "p", "-c", c.container, "--", "sh", "-c", c.script); got != c.want {
+				t.Errorf("%s in %s prints %q, want %q", c.script, c.container, got, c.want)
+			}
+		}
+		if got, err := os.ReadFile(filepath.Join(inner, "i")); err != nil || string(got) != "i\n" {
+			t.Errorf("on the node the file in the mount below is %q: %v", got, err)
+		}
+	})
+}
+
+// A pod that writes more to an emptyDir than its limit is evicted.
+func TestEviction(t *testing.T) {
+	eachRuntime(t, func(t *testing.T, n *namespace) {
+		n.create(t, "p", `
+containers:
+- name: main
+  image: BUSYBOX
+  command: [sh, -c, "dd if=/dev/zero of=/d/big bs=1M count=20; sleep 1000000"]
+  volumeMounts: [{name: d, mountPath: /d}]
+volumes: [{name: d, emptyDir: {sizeLimit: 8Mi}}]`)
+		pod := n.awaitPod(t, "p", "fail", inPhase(corev1.PodFailed))
+		if pod.Status.Reason != "Evicted" || !strings.Contains(pod.Status.Message, `Usage of EmptyDir volume "d" exceeds the limit "8Mi"`) {
+			t.Errorf("the pod failed with %s", describe(pod))
+		}
+	})
+}
+
+// Persistent volumes of the node keep what pods wrote: a file system, and a block device, which the kernel of a VM pod
+// of containers cannot have and says so.
+func TestPersistentVolumes(t *testing.T) {
+	eachRuntime(t, func(t *testing.T, n *namespace) {
+		image, device := loopDevice(t)
+		for mode, path := range map[string]string{"Filesystem": t.TempDir(), "Block": device} {
+			name := strings.ToLower(mode)
+			n.apply(t, persistentVolume(n, name, mode, path))
+			t.Cleanup(func() { kubectl(n.ctx, t, n.Cluster, "delete", "pv", n.name+"-"+name, "--wait=false") })
+		}
+		onVolume(t, n, "fs", "volumeMounts: [{name: v, mountPath: /v}]", "filesystem",
+			"echo kept >/v/f", "grep -x kept /v/f")
+		const devices = "volumeDevices: [{name: v, devicePath: /dev/block}]"
+		if n.vm {
+			n.create(t, "refused", volumePod("sleep 1000000", devices, "block"))
+			n.await(t, "the event that tells of devices", func() error {
+				out, err := n.Kubectl(n.ctx, "-n", n.name, "events", "--for", "pod/refused")
+				if !strings.Contains(out, "device") || !strings.Contains(out, "Failed") {
+					err = errors.Join(err, errors.New("events are "+out))
+				}
+				return err
+			})
+			return
+		}
+		onVolume(t, n, "block", devices, "block", "test -b /dev/block; echo kept | dd of=/dev/block bs=512 seek=3 conv=sync,fsync",
+			"[ $(dd if=/dev/block bs=512 skip=3 count=1 | head -n 1) = kept ]")
+		if got, err := os.ReadFile(image); err != nil || string(got[3*512:3*512+5]) != "kept\n" {
+			t.Errorf("the device does not hold on the node what the pod wrote: %v", err)
+		}
+	})
+}
+
+// loopDevice is a block device of the machine, and the file that it is.
+func loopDevice(t *testing.T) (file, device string) {
+	t.Helper()
+	file = filepath.Join(t.TempDir(), "disk")
+	if err := os.WriteFile(file, bytes.Repeat([]byte{1}, 8<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command("losetup", "--find", "--show", file).CombinedOutput()
+	if err != nil {
+		t.Skipf("needs loop devices: losetup: %v, %s", err, out)
+	}
+	device = strings.TrimSpace(string(out))
+	t.Cleanup(func() {
+		if out, err := exec.Command("losetup", "--detach", device).CombinedOutput(); err != nil {
+			t.Errorf("detach %s: %v, %s", device, err, out)
+		}
+	})
+	return file, device
+}
+
+// onVolume runs scripts on a claim's volume, each in a pod of its own.
+func onVolume(t *testing.T, n *namespace, prefix, mounts, claim string, scripts ...string) {
+	t.Helper()
+	for i, script := range scripts {
+		name := fmt.Sprintf("%s-%d", prefix, i)
+		n.create(t, name, volumePod(script, mounts, claim))
+		if pod := n.awaitPod(t, name, "end", ended); pod.Status.Phase != corev1.PodSucceeded {
+			t.Errorf("pod %s ended with %s\n%s", name, describe(pod), n.kubectl(t, "logs", name))
+		}
+		n.kubectl(t, "delete", "pod", name)
+	}
+}
+
+func volumePod(script, mounts, claim string) string {
+	return fmt.Sprintf(`
+restartPolicy: Never
+containers:
+- name: main
+  image: BUSYBOX
+  command: [sh, -ec, %q]
+  %s
+volumes: [{name: v, persistentVolumeClaim: {claimName: %s}}]`, script, mounts, claim)
+}
+
+// persistentVolume is a volume of the node and the claim that gets it.
+func persistentVolume(n *namespace, name, mode, path string) string {
+	return strings.NewReplacer("PV", n.name+"-"+name, "CLAIM", name, "MODE", mode, "PATH", path, "NODE", cluster.NodeName).Replace(`
+apiVersion: v1
+kind: PersistentVolume
+metadata: {name: PV}
+spec:
+  storageClassName: ""
+  volumeMode: MODE
+  capacity: {storage: 8Mi}
+  accessModes: [ReadWriteOnce]
+  persistentVolumeReclaimPolicy: Retain
+  local: {path: PATH}
+  nodeAffinity: {required: {nodeSelectorTerms: [{matchExpressions: [{key: kubernetes.io/hostname, operator: In, values: [NODE]}]}]}}
+---
+apiVersion: v1
+kind: PersistentVolumeClaim
+metadata: {name: CLAIM}
+spec:
+  storageClassName: ""
+  volumeName: PV
+  volumeMode: MODE
+  accessModes: [ReadWriteOnce]
+  resources: {requests: {storage: 8Mi}}
+`)
+}
