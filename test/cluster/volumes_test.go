@@ -91,6 +91,7 @@ func TestDirectories(t *testing.T) {
 				t.Error(err)
 			}
 		})
+		defer n.kubectl(t, "delete", "pod", "p") // before the mounts, which it holds
 		n.run(t, "p", strings.ReplaceAll(`
 securityContext: {runAsUser: 1000, runAsGroup: 1000, fsGroup: 2000, supplementalGroups: [3000]}
 containers:
