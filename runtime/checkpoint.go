@@ -29,6 +29,8 @@ import (
 const (
 	// releaseTimeout bounds how long a pod may take to go on after a checkpoint.
 	releaseTimeout = 30 * time.Second
+	// releaseRetry is how long after a failure it is tried again.
+	releaseRetry = time.Second
 	// drainPoll is how often it is looked whether the output of frozen containers has arrived.
 	drainPoll = 2 * time.Millisecond
 
@@ -216,7 +218,11 @@ func (p *pod) checkpoint(ctx context.Context, selected []*container, w *archive.
 		return err
 	}
 	err = p.capture(ctx, g, selected, m, w)
-	if err = errors.Join(err, g.release(ctx)); err != nil {
+	if released := g.release(ctx); released != nil {
+		err = errors.Join(err, released)
+		g.releaseLeft()
+	}
+	if err != nil {
 		return fmt.Errorf("checkpoint sandbox %s: %w", p.id, err)
 	}
 	return w.Finish(m)
@@ -362,14 +368,26 @@ func (g *guest) release(ctx context.Context) error {
 	return g.pod.update(func(s *podStatus) error { s.Capturing = false; return nil })
 }
 
-// releaseLeft lets go on what a daemon that was killed during a checkpoint has left stopped.
-func (g *guest) releaseLeft(ctx context.Context) {
+// releaseLeft lets go on what a daemon that was killed during a checkpoint has left stopped. QEMU may not have noticed yet that
+// nobody takes the state any more, and the guest may be slow: it is tried until it succeeds, or the guest ends.
+func (g *guest) releaseLeft() {
 	if !g.pod.rec.Status().Capturing {
 		return
 	}
-	if err := g.release(ctx); err != nil {
-		g.log.Error("letting a pod go on whose checkpoint was cut off", "error", err)
-	}
+	g.owned.Go(func() {
+		for {
+			err := g.release(g.ctx)
+			if err == nil {
+				return
+			}
+			g.log.Warn("letting a pod go on whose checkpoint was cut off; it is tried again", "error", err)
+			select {
+			case <-time.After(releaseRetry):
+			case <-g.ctx.Done():
+				return
+			}
+		}
+	})
 }
 
 // platform tells what this node restores, and saves under its present QEMU.

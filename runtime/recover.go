@@ -173,7 +173,7 @@ func (rt *Runtime) recoverPod(ctx context.Context, p *pod) error {
 	if err := g.recoverShare(ctx, s.Guest.Share); err != nil {
 		p.log.Error("taking up virtiofsd", "error", err)
 	}
-	g.releaseLeft(ctx)
+	g.releaseLeft()
 	if parts != nil {
 		return rt.recoverMachine(ctx, p, g, s.Guest)
 	}
