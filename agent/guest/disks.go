@@ -15,19 +15,21 @@ import (
 )
 
 const (
-	// diskTimeout is as long as a guest may take to see a disk that it has: one that is emulated on a busy node takes
-	// a quarter of a minute for what it boots with.
-	diskTimeout = time.Minute
-	diskPoll    = 5 * time.Millisecond
+	// bootDeviceTimeout is as long as a guest may take to see the devices that it boots with: one that is emulated on a busy node
+	// takes a quarter of a minute.
+	bootDeviceTimeout = time.Minute
+	// plugTimeout is the same for a device that was plugged, in a guest that has booted.
+	plugTimeout = 10 * time.Second
+	devicePoll  = 5 * time.Millisecond
 )
 
-// findDisk gives the device path of the disk with the given serial, SCSI or virtio-blk. A disk that has
-// just been plugged appears within a short time, for which it waits.
-func findDisk(ctx context.Context, serial string) (string, error) {
-	ctx, cancel := context.WithTimeout(ctx, diskTimeout)
+// findDisk gives the device path of the disk with the given serial, SCSI or virtio-blk. It waits for one that is not
+// there yet, but not longer than the limit.
+func findDisk(ctx context.Context, serial string, limit time.Duration) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	var dev string
-	err := poll(ctx, diskPoll, func() (bool, error) {
+	err := poll(ctx, devicePoll, func() (bool, error) {
 		var err error
 		dev, err = lookupDisk("/sys/block", serial)
 		if err != nil || dev == "" {
@@ -108,7 +110,7 @@ func (m *imageMounts) acquire(ctx context.Context, target, disk string) error {
 		have.users++
 		return nil
 	}
-	dev, err := findDisk(ctx, disk)
+	dev, err := findDisk(ctx, disk, plugTimeout)
 	if err != nil {
 		return err
 	}

@@ -93,7 +93,7 @@ func linkByMAC(ctx context.Context, text string) (netlink.Link, error) {
 	ctx, cancel := context.WithTimeout(ctx, linkTimeout)
 	defer cancel()
 	var found netlink.Link
-	err = poll(ctx, diskPoll, func() (bool, error) {
+	err = poll(ctx, devicePoll, func() (bool, error) {
 		links, err := netlink.LinkList()
 		for _, l := range links {
 			if bytes.Equal(l.Attrs().HardwareAddr, mac) {

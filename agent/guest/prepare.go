@@ -38,10 +38,10 @@ func (s *Server) Prepare(ctx context.Context, _ *agentpb.PrepareRequest) (*agent
 
 // driversFound waits until each virtio device has its driver: drivers look for their devices side by side.
 func driversFound(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, diskTimeout)
+	ctx, cancel := context.WithTimeout(ctx, bootDeviceTimeout)
 	defer cancel()
 	var waiting string
-	err := poll(ctx, diskPoll, func() (bool, error) {
+	err := poll(ctx, devicePoll, func() (bool, error) {
 		devices, err := os.ReadDir(virtioDevices)
 		for _, d := range devices {
 			if _, err := os.Stat(filepath.Join(virtioDevices, d.Name(), "driver")); err != nil {

@@ -95,7 +95,7 @@ func (s *Server) mountScratch(ctx context.Context, serial string) error {
 	if serial == "" || isMountPoint(target) {
 		return nil
 	}
-	dev, err := findDisk(ctx, serial)
+	dev, err := findDisk(ctx, serial, bootDeviceTimeout)
 	if err != nil {
 		return err
 	}
@@ -237,10 +237,10 @@ func (s *Server) MountShare(ctx context.Context, req *agentpb.MountShareRequest)
 	if err := loadLazy("virtiofs"); err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, diskTimeout)
+	ctx, cancel := context.WithTimeout(ctx, plugTimeout)
 	defer cancel()
 	var last error
-	err := poll(ctx, diskPoll, func() (bool, error) {
+	err := poll(ctx, devicePoll, func() (bool, error) {
 		last = unix.Mount(req.Tag, target, "virtiofs", 0, "")
 		if last != nil && !errors.Is(last, unix.EINVAL) && !errors.Is(last, unix.ENODEV) && !errors.Is(last, unix.ENOENT) {
 			return false, last

@@ -252,7 +252,7 @@ func testStartFailure(t *testing.T, _ *machine, c *agent.Client) {
 	if err == nil || !strings.Contains(err.Error(), "/no/such/program") {
 		t.Errorf("start of a missing program: %v", err)
 	}
-	_, err = c.CreateContainer(deadline(t, 2*time.Minute), &agentpb.CreateContainerRequest{Id: "nodisk", RootfsDisk: "nosuchdisk", OciSpec: encode(t, spec)})
+	_, err = c.CreateContainer(ctx, &agentpb.CreateContainerRequest{Id: "nodisk", RootfsDisk: "nosuchdisk", OciSpec: encode(t, spec)})
 	if !errdefs.IsNotFound(err) {
 		t.Errorf("create with a missing disk: %v", err)
 	}
