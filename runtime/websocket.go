@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/url"
 	"sync"
+	"time"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 	"k8s.io/cri-streaming/pkg/streaming"
@@ -102,7 +103,11 @@ func (s *streamServer) dial(r *http.Request) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := upgrade(conn, again); err != nil {
+	err = conn.SetDeadline(time.Now().Add(streaming.DefaultConfig.StreamCreationTimeout))
+	if err == nil {
+		err = upgrade(conn, again)
+	}
+	if err = errors.Join(err, conn.SetDeadline(time.Time{})); err != nil {
 		return nil, errors.Join(err, conn.Close())
 	}
 	return conn, nil
