@@ -13,7 +13,8 @@ const (
 	debianUUID    = "6b6e5f0a-0d5c-4c55-9a4c-0d6b8b5b0d12"
 )
 
-// makeDebianDisk makes Debian 12 as its cloud image is: cloud-init configures it at the first boot.
+// makeDebianDisk makes Debian 12 as its cloud image is, but for a word on the kernel's command line: cloud-init configures
+// it at the first boot.
 func makeDebianDisk(b *diskBuild, out string) error {
 	archive, err := Disk(DebianRoot)
 	if err != nil {
@@ -43,7 +44,7 @@ func (b *diskBuild) configureDebian(root string) error {
 	for name, data := range map[string]string{
 		"boot/grub/grub.cfg": `set timeout=0
 menuentry 'Debian GNU/Linux' {
-	linux /vmlinuz root=UUID=` + debianUUID + ` ro console=tty0 console=ttyS0,115200 earlyprintk=ttyS0,115200 consoleblank=0
+	linux /vmlinuz root=UUID=` + debianUUID + ` ro console=tty0 console=ttyS0,115200 earlyprintk=ttyS0,115200 consoleblank=0 ` + noTimerCheck + `
 	initrd /initrd.img
 }
 `,

@@ -32,6 +32,11 @@ const (
 	rootPartitions = "6B6E5F0A-0D5C-4C55-9A4C-0D6B8B5B00" // and two digits
 )
 
+// noTimerCheck is on every disk's kernel command line: the kernel believes in its timer. Otherwise it counts ticks for some
+// 60 ms of the host's time, and panics when there are too few: on a busy host an emulated processor may not run often
+// enough for them. KVM guests skip the check.
+const noTimerCheck = "no_timer_check"
+
 // bootPackages hold what boots a disk: GRUB for the BIOS; for EFI the shim and GRUB that Secure Boot accepts.
 func bootPackages() []string {
 	return []string{"grub-pc-bin", "grub-efi-amd64-signed", "shim-signed"}

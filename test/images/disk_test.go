@@ -281,7 +281,7 @@ func TestTinyBehaves(t *testing.T) {
 	m := dialMonitor(t, socket)
 	g.sh("until [ -e /run/late ]; do sleep 0.2; done")
 	wantLines(t, g.sh("info"), "uuid=11111111-2222-4333-8444-555555555555", "serial=pod-7", "port=org.qemu.guest_agent.0",
-		"module=virtio_balloon", "module=virtio_rng", "module=pvpanic_pci", "disk=vda sectors=")
+		"module=virtio_balloon", "module=virtio_rng", "module=pvpanic_pci", "disk=vda sectors=", "cmdline=BOOT_IMAGE=/vmlinuz "+tinyCmdline)
 	wantLines(t, g.sh("net 4"), "link=eth0 mac=52:54:00:00:00:07 mtu=1500", "addr=eth0 10.0.2.15/24", "route=default via 10.0.2.2", "resolv=nameserver 10.0.2.3")
 	wantLines(t, g.sh("net"), "addr=eth0 10.0.2.15/24", "addr=eth0 fec0::", "route6=default via fe80::2", "resolv=nameserver 10.0.2.3")
 	wantLines(t, g.sh("serve"), "serving 8080 8081")

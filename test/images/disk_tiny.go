@@ -48,7 +48,7 @@ func fullModules() []string {
 }
 
 // tinyCmdline leaves a panicked kernel standing, as distributions do.
-const tinyCmdline = "console=tty0 console=ttyS0,115200"
+const tinyCmdline = "console=tty0 console=ttyS0,115200 " + noTimerCheck
 
 const (
 	tinyRootMiB = 96

@@ -387,9 +387,9 @@ func hasIgnition(t *testing.T, c *ctr) {
 // A kernel and an initrd out of the image, without boot loader or disk.
 func TestMachineKernelBoot(t *testing.T) {
 	ctx, b := use(t)
-	p := b.machinePod(ctx, t, images.KernelBoot, annotated("kernel", "/boot/vmlinuz", "initrd", "/boot/initrd", "kernel-args", "console=ttyS0 quiet made=here"))
+	p := b.machinePod(ctx, t, images.KernelBoot, annotated("kernel", "/boot/vmlinuz", "initrd", "/boot/initrd", "kernel-args", "console=ttyS0 quiet no_timer_check made=here"))
 	c := p.start(of("machine", images.KernelBoot)).ready("tiny: up")
-	c.typed("info | grep cmdline", "cmdline=console=ttyS0 quiet made=here")
+	c.typed("info | grep cmdline", "cmdline=console=ttyS0 quiet no_timer_check made=here")
 }
 
 // A watchdog that nobody feeds ends the machine if that is asked.
