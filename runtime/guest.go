@@ -187,13 +187,35 @@ func (g *guest) endOf(ctx context.Context, err error) {
 		defer cancel()
 		g.countSilence()
 		err = errors.Join(err, g.vm.Kill(kill))
-	} else if err = g.vm.Err(); err == nil {
+	} else if err = g.end(); err == nil {
 		err = errors.New("QEMU was told to quit")
 	}
 	g.judgeTemplate()
 	g.countBoot(err)
 	g.log.Warn("the guest ended", "error", err)
 	g.publish(nil, err)
+}
+
+// errOutOfMemory is in the error of a VM that the node's kernel killed.
+var errOutOfMemory = errors.New("the node's kernel killed the VM, as the pod's cgroup or the node had no more memory; " +
+	"the pod's limits have to leave room for QEMU, by the overhead of its RuntimeClass")
+
+// end is how the VM ended, once it has; nil if it was told to.
+func (g *guest) end() error { return g.pod.explainEnd(g.vm.Err()) }
+
+// explainEnd adds to the error of a VM that ended, not by its guest's doing, whether the node's kernel killed it.
+func (p *pod) explainEnd(err error) error {
+	if err == nil || errors.Is(err, qemu.ErrGuestFailed) {
+		return err
+	}
+	kills, statErr := p.cgroup().OOMKills()
+	if statErr != nil {
+		p.log.Warn("asking why the VM ended", "error", statErr)
+	}
+	if kills > p.rec.Status().Guest.OOMKills {
+		return fmt.Errorf("%w: %w", errOutOfMemory, err)
+	}
+	return err
 }
 
 // judgeTemplate gives up the template of a guest that ends without having answered.

@@ -128,7 +128,7 @@ func (g *guest) keepAgent(ctx context.Context) {
 	if !g.ends(ctx) {
 		return // closed; the VM goes on
 	}
-	err := g.vm.Err()
+	err := g.end()
 	if err == nil {
 		err = errors.New("QEMU was told to quit")
 	}
@@ -195,7 +195,7 @@ func (c *container) watchMachine(g *guest) {
 		if c.rt.ctx.Err() != nil {
 			return // the machine goes on; the next daemon follows it
 		}
-		c.finish(endOfMachine(g.vm.Err()))
+		c.finish(endOfMachine(g.end()))
 		c.pod.clearMachine(g)
 	})
 }
@@ -290,6 +290,8 @@ func endOfMachine(err error) containerEnd {
 		end.code, end.reason = 0, reasonCompleted
 	case errors.As(err, &exit) && exit.Guest:
 		end.code, end.reason, end.message = 1, reasonGuestFailed, err.Error()
+	case errors.Is(err, errOutOfMemory):
+		end.reason, end.message = reasonOOMKilled, err.Error()
 	default:
 		end.reason, end.message = reasonVMFailed, err.Error()
 	}

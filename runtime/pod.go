@@ -194,6 +194,10 @@ func (p *pod) launch(ctx context.Context, machine qemu.Machine, parts *machinePa
 			_ = t.Close()
 		}
 	}()
+	kills, err := p.cgroup().OOMKills()
+	if err != nil {
+		return nil, err
+	}
 	spec := qemu.Spec{
 		Machine:  machine,
 		Binary:   p.rt.cfg.QEMU.Binary,
@@ -217,7 +221,7 @@ func (p *pod) launch(ctx context.Context, machine qemu.Machine, parts *machinePa
 	}
 	qemuRecord := vm.Record()
 	p.rt.metrics.restarted(p.rec.Status().Guest, parts)
-	record := guestRecord{Boot: p.rec.Status().Guest.Boot + 1, QEMU: &qemuRecord}
+	record := guestRecord{Boot: p.rec.Status().Guest.Boot + 1, QEMU: &qemuRecord, OOMKills: kills}
 	parts.record(&record)
 	if from != nil {
 		record.Template, record.PrivateMemory = from.key, machine.Memory == qemu.MemoryPrivate

@@ -191,8 +191,11 @@ func endOf(s *agentpb.ProcessState) containerEnd {
 // endOfGuest is how all containers end whose VM is no more: as if killed, with the reason.
 func endOfGuest(err error) containerEnd {
 	end := containerEnd{code: 128 + sigkill, reason: reasonVMFailed, message: err.Error(), at: time.Now()}
-	if errors.Is(err, qemu.ErrGuestFailed) {
+	switch {
+	case errors.Is(err, qemu.ErrGuestFailed):
 		end.reason = reasonGuestFailed
+	case errors.Is(err, errOutOfMemory):
+		end.reason = reasonOOMKilled
 	}
 	return end
 }

@@ -61,6 +61,8 @@ type guestRecord struct {
 	PrivateMemory bool   `json:"privateMemory,omitempty"`
 	// Disks are the serials of the image disks that are plugged in.
 	Disks []string `json:"disks,omitempty"`
+	// OOMKills is how many processes the node's kernel had killed in the pod's cgroup before this guest began.
+	OOMKills uint64 `json:"oomKills,omitempty"`
 }
 
 // containerSpec is what is decided when a container is created. It never changes.

@@ -160,7 +160,7 @@ func (rt *Runtime) recoverPod(ctx context.Context, p *pod) error {
 	if err != nil {
 		// One that is there and does not answer is of no use to anyone.
 		killed := qemu.KillRecorded(ctx, *s.Guest.QEMU)
-		rt.endContainers(p, fmt.Errorf("the VM ended while the runtime was away: %w", err))
+		rt.endContainers(p, p.explainEnd(fmt.Errorf("the VM ended while the runtime was away: %w", err)))
 		// virtiofsd, or a QEMU that was started just before it could be recorded.
 		return errors.Join(killed, p.cgroup().Kill(ctx))
 	}

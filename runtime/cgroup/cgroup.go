@@ -36,6 +36,8 @@ type Stats struct {
 	PageFaults            uint64
 	MajorPageFaults       uint64
 	Processes             uint64
+	// OOMKills is how many processes of the group the kernel has killed for want of memory.
+	OOMKills uint64
 }
 
 // Group names a pod's cgroup. The group itself exists from the first Add until Delete.
@@ -253,6 +255,7 @@ func (g Group) stats2() (Stats, error) {
 		PageFaults:            s.GetMemory().GetPgfault(),
 		MajorPageFaults:       s.GetMemory().GetPgmajfault(),
 		Processes:             s.GetPids().GetCurrent(),
+		OOMKills:              s.GetMemoryEvents().GetOomKill(),
 	}, nil
 }
 
@@ -280,7 +283,14 @@ func (g Group) stats1() (Stats, error) {
 		PageFaults:            s.GetMemory().GetTotalPgFault(),
 		MajorPageFaults:       s.GetMemory().GetTotalPgMajFault(),
 		Processes:             s.GetPids().GetCurrent(),
+		OOMKills:              s.GetMemoryOomControl().GetOomKill(),
 	}, nil
+}
+
+// OOMKills is Stats.OOMKills; of a missing group none were killed.
+func (g Group) OOMKills() (uint64, error) {
+	s, err := g.Stats()
+	return s.OOMKills, ignoreGone(err)
 }
 
 // KillOrphan ends and removes the group of a pod whose cgroup parent nobody knows any more, wherever it is.

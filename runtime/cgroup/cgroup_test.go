@@ -2,6 +2,7 @@ package cgroup
 
 import (
 	"context"
+	"errors"
 	"os"
 	"os/exec"
 	"slices"
@@ -46,5 +47,44 @@ func TestGroupLife(t *testing.T) {
 	}
 	if pids, err := g.Procs(); err != nil || len(pids) != 0 {
 		t.Errorf("Procs after Delete = %v, %v; want none", pids, err)
+	}
+	if kills, err := g.OOMKills(); err != nil || kills != 0 {
+		t.Errorf("OOMKills after Delete = %d, %v; want none", kills, err)
+	}
+}
+
+// What the kernel kills for want of memory is counted, and nothing else.
+func TestOOMKills(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("cgroups can be made by root only")
+	}
+	g := For("/", "test-of-oom-kills")
+	t.Cleanup(func() {
+		if err := g.Delete(); err != nil {
+			t.Error(err)
+		}
+	})
+	limit := "/sys/fs/cgroup/memory/vmruntime-test-of-oom-kills/memory.limit_in_bytes"
+	if unified() {
+		limit = "/sys/fs/cgroup/vmruntime-test-of-oom-kills/memory.max"
+	}
+	for want, script := range []string{"read x; kill -9 $$", "read x; exec dd if=/dev/zero of=/dev/null bs=100M count=1"} {
+		cmd := exec.CommandContext(t.Context(), "sh", "-c", script)
+		input, err := cmd.StdinPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(g.Add(cmd.Process.Pid), os.WriteFile(limit, []byte("16777216"), 0), input.Close()); err != nil {
+			t.Error(err)
+		}
+		if err := cmd.Wait(); err == nil || err.Error() != "signal: killed" {
+			t.Errorf("%s ends with %v, want it to be killed", script, err)
+		}
+		if kills, err := g.OOMKills(); err != nil || kills != uint64(want) {
+			t.Errorf("after %s: OOMKills = %d, %v; want %d", script, kills, err, want)
+		}
 	}
 }

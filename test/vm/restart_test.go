@@ -203,6 +203,82 @@ func TestQEMUKilled(t *testing.T) {
 	p.remove()
 }
 
+// The node's kernel kills a QEMU that has no memory left in the pod's cgroup; that is told apart from other ends, also when no
+// daemon watches. The pod goes on when it has memory again.
+func TestQEMUOutOfMemory(t *testing.T) {
+	ctx, b := use(t)
+	p := b.vmPod(ctx, t)
+	dir := t.TempDir()
+	for attempt, watched := range []bool{true, false} {
+		c := p.start(with(shell("c", "echo ready; until [ -e /m/go ]; do sleep 0.1; done; dd if=/dev/zero of=/dev/null bs=150M count=1; sleep 1000"),
+			func(c *runtimeapi.ContainerConfig) {
+				c.Metadata.Attempt, c.LogPath = uint32(attempt), fmt.Sprintf("c-%d.log", attempt)
+				c.Mounts = []*runtimeapi.Mount{mount("/m", dir)}
+			})).ready("ready")
+		pid, unlimited := p.verboseInfo().Guest.QEMU.PID, limitMemory(t, b.CgroupParent(), p.id)
+		if !watched {
+			b.crash(t)
+		}
+		trigger := filepath.Join(dir, "go")
+		if err := os.WriteFile(trigger, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		awaitEnd(t, pid)
+		if !watched {
+			if err := b.StartVMRuntime(ctx); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if s := c.wait(); s.GetExitCode() != 137 || s.GetReason() != "OOMKilled" || !strings.Contains(s.GetMessage(), "RuntimeClass") {
+			t.Errorf("watched %t: the container ended with %d, %s, %q, want 137, OOMKilled and what to do", watched, s.GetExitCode(), s.GetReason(), s.GetMessage())
+		}
+		unlimited()
+		if err := os.Remove(trigger); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// What the kernel has killed before is not the reason of a later end.
+	c := p.start(idle("d")).ready("ready")
+	kill(t, p.verboseInfo().Guest.QEMU.PID)
+	if s := c.wait(); s.GetReason() != "VMFailed" {
+		t.Errorf("a VM that was killed by a signal ended with %s, want VMFailed", s.GetReason())
+	}
+}
+
+// limitMemory leaves a pod's cgroup a few more MiB than it has, until the function that it returns is called.
+func limitMemory(t *testing.T, parent, id string) (unlimited func()) {
+	t.Helper()
+	dir, usage, limit, none := "/sys/fs/cgroup/memory"+parent+"/vmruntime-"+id+"/", "memory.usage_in_bytes", "memory.limit_in_bytes", "-1"
+	if _, err := os.Stat(dir); err != nil {
+		dir, usage, limit, none = "/sys/fs/cgroup"+parent+"/vmruntime-"+id+"/", "memory.current", "memory.max", "max"
+	}
+	write := func(value string) {
+		if err := os.WriteFile(dir+limit, []byte(value), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n, err := strconv.Atoi(strings.TrimSpace(readFile(dir + usage)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	write(strconv.Itoa(n + 8<<20))
+	return func() { write(none) }
+}
+
+// awaitEnd waits until a process is gone, but for its status.
+func awaitEnd(t *testing.T, pid int) {
+	t.Helper()
+	for deadline := time.Now().Add(2 * time.Minute); ; time.Sleep(50 * time.Millisecond) {
+		stat := readFile(fmt.Sprintf("/proc/%d/stat", pid))
+		if stat == "" || strings.Contains(stat, ") Z ") {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("process %d still runs: %s", pid, stat)
+		}
+	}
+}
+
 // A guest whose kernel fails is told apart from a QEMU that fails.
 func TestGuestPanics(t *testing.T) {
 	ctx, b := use(t)
