@@ -81,8 +81,13 @@ func (m Machine) Args(fds Descriptors) []string {
 	add("-accel", m.accel())
 	add("-cpu", m.CPUModel)
 	add("-smp", fmt.Sprintf("cpus=%d,sockets=1,cores=%d,threads=1", m.VCPUs, m.VCPUs))
-	add("-m", fmt.Sprintf("%dM", m.MemoryBytes/mib))
+	add("-m", fmt.Sprintf("%dM", (m.MemoryBytes+m.HugeNodeBytes)/mib))
 	add("-object", m.memory(fds).String())
+	if m.HugeNodeBytes > 0 {
+		add("-object", hugeMemory("huge", m.HugeNodeBytes, HugeNodePage).String())
+		add("-numa", fmt.Sprintf("node,nodeid=0,cpus=0-%d,memdev=mem", m.VCPUs-1))
+		add("-numa", "node,nodeid=1,memdev=huge")
+	}
 	add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
 	add("-action", m.actions())
 	if m.Incoming {
@@ -115,6 +120,9 @@ func (m Machine) machineType() string {
 		_, options, _ := strings.Cut(t, ",")
 		t = m.Type + "," + options
 	}
+	if m.HugeNodeBytes > 0 { // then the nodes say what the memory is
+		t = strings.Replace(t, ",memory-backend=mem", "", 1)
+	}
 	if f := m.Firmware; f != nil {
 		t += ",pflash0=" + codeNode + ",pflash1=" + varsNode
 		if f.SecureBoot {
@@ -131,11 +139,20 @@ func (m Machine) memory(fds Descriptors) props {
 			"mem-path": fmt.Sprintf("%s/%d", fdPath, fds.Memory), "share": m.Memory != MemoryPrivate,
 		}
 	}
-	p := props{"qom-type": "memory-backend-memfd", "id": "mem", "size": m.MemoryBytes, "share": true}
 	if m.HugePageBytes > 0 {
-		// Taken now, or else the guest would die of the first page that is not there.
-		maps.Copy(p, props{"hugetlb": true, "hugetlbsize": m.HugePageBytes, "prealloc": true})
+		return hugeMemory("mem", m.MemoryBytes, m.HugePageBytes)
 	}
+	return ownMemory("mem", m.MemoryBytes)
+}
+
+func ownMemory(id string, bytes int64) props {
+	return props{"qom-type": "memory-backend-memfd", "id": id, "size": bytes, "share": true}
+}
+
+// hugeMemory is taken now, or else the guest would die of the first page that is not there.
+func hugeMemory(id string, bytes, page int64) props {
+	p := ownMemory(id, bytes)
+	maps.Copy(p, props{"hugetlb": true, "hugetlbsize": page, "prealloc": true})
 	return p
 }
 

@@ -25,6 +25,8 @@ const (
 	mib = 1 << 20
 	// minMemory is the least a guest kernel and its initramfs unpack in.
 	minMemory = 64 * mib
+	// HugeNodePage is the size of the pages of Machine.HugeNodeBytes.
+	HugeNodePage = 2 * mib
 	// maxVCPUs is the limit of q35 in QEMU 7.2 without an interrupt remapping unit.
 	maxVCPUs = 255
 	// maxPorts keeps the root ports and all other devices within the 32 slots of the root bus.
@@ -103,6 +105,9 @@ type Machine struct {
 	// HugePageBytes is the size of the host's huge pages that the memory is taken from, all of it at the start;
 	// 0 takes ordinary pages.
 	HugePageBytes int64
+	// HugeNodeBytes is memory beside MemoryBytes that is a NUMA node of its own, without processors, taken from the host's huge
+	// pages of HugeNodePage bytes, all of it at the start; 0 is none. What the guest makes huge pages of there, are huge pages of the host.
+	HugeNodeBytes int64
 	// Kernel and Initrd are files on the host; Initrd may be empty. Without a kernel the firmware boots a disk.
 	Kernel, Initrd, Cmdline string
 	// Firmware is EFI; nil is the BIOS that comes with QEMU, which only ArchX86 has.
@@ -258,6 +263,9 @@ func (m Machine) validateSystem(p *problems) {
 	huge := m.HugePageBytes
 	p.rule(huge == 0 || huge >= 64<<10 && huge&(huge-1) == 0 && m.MemoryBytes%huge == 0,
 		"machine.hugePageBytes", huge, "0 or a size of huge pages that the memory is a multiple of")
+	p.rule(m.HugeNodeBytes >= 0 && m.HugeNodeBytes%HugeNodePage == 0, "machine.hugeNodeBytes", m.HugeNodeBytes, "0 or a multiple of 2 MiB")
+	p.rule(m.HugeNodeBytes == 0 || m.Memory == MemoryOwn && huge == 0, "machine.hugeNodeBytes", m.HugeNodeBytes, "0 with memory that is handed over or consists of huge pages")
+	p.rule(m.HugeNodeBytes == 0 || m.MemoryBytes%HugeNodePage == 0, "machine.memoryBytes", m.MemoryBytes, "a multiple of 2 MiB with huge pages beside it")
 	p.rule(slices.Contains([]string{"", VideoStd, VideoVirtio}, m.Video), "machine.video", m.Video, "empty, std or virtio")
 	p.rule(slices.Contains([]string{"", WatchdogReset, WatchdogPoweroff, WatchdogPause, WatchdogNMI}, m.Watchdog),
 		"machine.watchdog", m.Watchdog, "empty, reset, poweroff, pause or inject-nmi")

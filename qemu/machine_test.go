@@ -71,6 +71,8 @@ func TestArgsGolden(t *testing.T) {
 	made.Memory, made.NICs[0].Unconnected = MemoryShared, true
 	clone.Memory, clone.Incoming = MemoryPrivate, true
 	restored.Incoming = true
+	huge, armHuge := pod(), arm
+	huge.HugeNodeBytes, armHuge.HugeNodeBytes, armHuge.VCPUs = 64<<20, 64<<20, 1
 	memoryFDs := podFDs
 	memoryFDs.Memory = 10
 	for name, tc := range map[string]struct {
@@ -79,6 +81,7 @@ func TestArgsGolden(t *testing.T) {
 	}{
 		"x86_64-template": {made, memoryFDs}, "x86_64-clone": {clone, memoryFDs}, "x86_64-restored": {restored, podFDs},
 		"x86_64-tcg": {pod(), podFDs}, "x86_64-kvm": {kvm, podFDs}, "aarch64-tcg": {arm, podFDs}, "small": {small, podFDs},
+		"x86_64-huge": {huge, podFDs}, "aarch64-huge": {armHuge, podFDs},
 		"x86_64-secureboot": {disked(), fds}, "aarch64-efi": {efi, fds}, "x86_64-direct": {direct, fds}, "x86_64-bios": {bios, fds},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -117,6 +120,10 @@ func TestValidate(t *testing.T) {
 		"memory":                 {func(m *Machine) { m.MemoryBytes = 100<<20 + 1 }, []string{"a multiple of 1 MiB"}},
 		"memory's kind":          {func(m *Machine) { m.Memory = "mine" }, []string{`machine.memory is "mine"; it has to be empty, shared, private or copied`}},
 		"huge pages handed over": {func(m *Machine) { m.Memory, m.HugePageBytes = MemoryShared, 2<<20 }, []string{"machine.hugePageBytes"}},
+		"a node of huge pages": {func(m *Machine) { m.MemoryBytes, m.HugeNodeBytes = 129<<20, 3<<20 }, []string{
+			`machine.hugeNodeBytes is "3145728"; it has to be 0 or a multiple of 2 MiB`, `machine.memoryBytes is "135266304"; it has to be a multiple of 2 MiB`,
+		}},
+		"huge pages beside a copy": {func(m *Machine) { m.Memory, m.HugeNodeBytes = MemoryCopied, 2<<20 }, []string{"machine.hugeNodeBytes"}},
 		"share of private memory": {func(m *Machine) { m.Memory, m.Shares = MemoryPrivate, []Share{{Tag: "a", Socket: "/s"}} }, []string{
 			`machine.shares is "1"; it has to be none with private memory`,
 		}},

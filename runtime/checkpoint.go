@@ -176,6 +176,9 @@ func (p *pod) checkSelected(selected []*container) error {
 	if users, _ := ocispec.Users(p.config()); users != nil {
 		return fmt.Errorf("the pod has a user namespace, whose IDs are this node's; it cannot be checkpointed: %w", errdefs.ErrFailedPrecondition)
 	}
+	if p.rec.Spec().HugeBytes > 0 {
+		return fmt.Errorf("the pod has huge pages, which a node that restores it may not have; it cannot be checkpointed: %w", errdefs.ErrFailedPrecondition)
+	}
 	if p.rec.Status().Guest.Share != nil {
 		return fmt.Errorf("the pod had volumes that are shared with the node by virtiofs; it cannot be checkpointed: %w", errdefs.ErrFailedPrecondition)
 	}

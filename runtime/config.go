@@ -69,7 +69,7 @@ type VMConfig struct {
 	DefaultMachineMemory Size     `toml:"default_machine_memory" comment:"Memory for a machine, which boots the operating system of its image, if its pod sets no memory limit."`
 	GuestOverhead        Size     `toml:"guest_overhead" comment:"Memory that the guest's kernel and agent use, added to the limit or default."`
 	MinMemory            Size     `toml:"min_memory" comment:"The least that a VM gets, overhead included."`
-	MaxMemory            Size     `toml:"max_memory" comment:"The most that a VM gets, overhead included."`
+	MaxMemory            Size     `toml:"max_memory" comment:"The most that a VM gets, overhead included. Huge pages come beside it."`
 	DefaultVCPUs         int      `toml:"default_vcpus" comment:"Virtual CPUs of a pod that sets no CPU limit. With a limit it is that, rounded up."`
 	MaxVCPUs             int      `toml:"max_vcpus" comment:"The most virtual CPUs that a VM gets."`
 	ScratchSize          Size     `toml:"scratch_size" comment:"How much the containers of a pod may write to their root filesystems together. The file is\nsparse: it takes what is written."`

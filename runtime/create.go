@@ -129,6 +129,9 @@ func (rt *Runtime) decideContainer(ctx context.Context, p *pod, id string, spec 
 	if err := ocispec.ValidateContainer(cfg, p.config()); err != nil {
 		return err
 	}
+	if err := p.checkHugeLimits(cfg.GetLinux().GetResources().GetHugepageLimits()); err != nil {
+		return err
+	}
 	img, err := rt.images.Ensure(ctx, spec.ImageID, id)
 	if err != nil {
 		return fmt.Errorf("image %q: %w", cfg.GetImage().GetImage(), err)
@@ -139,6 +142,9 @@ func (rt *Runtime) decideContainer(ctx context.Context, p *pod, id string, spec 
 		spec.StopSignal = signalName(s)
 	}
 	if spec.Mounts, err = resolveMounts(id, cfg); err != nil {
+		return err
+	}
+	if err := p.checkHugeVolumes(spec.Mounts); err != nil {
 		return err
 	}
 	if spec.Volumes, err = rt.resolveVolumes(ctx, id, cfg, spec.Mounts); err != nil {

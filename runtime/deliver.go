@@ -71,6 +71,16 @@ func (c *container) createRequest(g *guest) (*agentpb.CreateContainerRequest, er
 	for _, v := range spec.Volumes {
 		req.Images = append(req.Images, &agentpb.ImageMount{Name: v.Name, Disk: v.Serial})
 	}
+	for _, m := range spec.Mounts {
+		if m.Via != viaHugePages {
+			continue
+		}
+		v, err := m.hugeVolume()
+		if err != nil {
+			return nil, err
+		}
+		req.HugeVolumes = append(req.HugeVolumes, v)
+	}
 	if req.Submounts, err = c.submounts(g); err != nil {
 		return nil, err
 	}

@@ -179,20 +179,6 @@ func (m *machineSpec) size(vm VMConfig, sandbox *runtimeapi.PodSandboxConfig, cf
 	return nil
 }
 
-// hugePageSize reads a size of huge pages as the kubelet writes it, like 2MB, in which MB are 2^20 bytes.
-func hugePageSize(text string) (int64, error) {
-	var n int64
-	var unit string
-	if _, err := fmt.Sscanf(text, "%d%s", &n, &unit); err == nil {
-		for name, bytes := range map[string]int64{"KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30} {
-			if unit == name {
-				return n * bytes, nil
-			}
-		}
-	}
-	return 0, fmt.Errorf("linux.resources.hugepage_limits.page_size %q has to be like 2MB: %w", text, errdefs.ErrInvalidArgument)
-}
-
 // machineFiles are the files of a machine, which live as long as its container.
 type machineFiles struct{ dir string }
 

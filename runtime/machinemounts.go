@@ -24,6 +24,9 @@ func machineMounts(id string, cfg *runtimeapi.ContainerConfig) ([]resolvedMount,
 		if isKubeletFile(cfg, m) {
 			continue
 		}
+		if r.Via == viaHugePages {
+			return nil, fmt.Errorf("mounts[%d] to %q: host_path %q is a volume of huge pages; a machine's operating system mounts a hugetlbfs of its own: %w", i, m.GetContainerPath(), r.HostPath, errdefs.ErrInvalidArgument)
+		}
 		r.ContainerPath = m.GetContainerPath()
 		r.Via, r.GuestPath, r.WriteBack = viaShare, "", false
 		out = append(out, r)

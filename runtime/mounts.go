@@ -23,6 +23,8 @@ const (
 	viaFile = "file"
 	// viaImage: an image volume, an EROFS disk.
 	viaImage = "image"
+	// viaHugePages: a hugetlbfs of the guest's own.
+	viaHugePages = "hugepages"
 )
 
 // resolvedMount is one mount of a container with the way it takes to the guest decided.
@@ -32,7 +34,7 @@ type resolvedMount struct {
 	GuestPath string `json:"guestPath"`
 	// ContainerPath is where a machine's guest mounts it.
 	ContainerPath string `json:"containerPath,omitempty"`
-	// Name is the entry below /run/vm/shares, files or images.
+	// Name is the entry below /run/vm/shares, files, images or hugepages.
 	Name     string `json:"name"`
 	ReadOnly bool   `json:"readOnly,omitempty"`
 	// Recursive read-only.
@@ -47,6 +49,8 @@ const (
 	guestShares = "/run/vm/shares"
 	guestFiles  = "/run/vm/files"
 	guestImages = "/run/vm/images"
+
+	guestHugePages = "/run/vm/hugepages"
 
 	terminationPathAnnotation = "io.kubernetes.container.terminationMessagePath"
 	// maxPushedBytes bounds a tree that the agent pushes; larger ones go through virtiofs.
@@ -101,6 +105,8 @@ func resolveHostMount(r resolvedMount, cfg *runtimeapi.ContainerConfig, m *runti
 	}
 	r.HostPath = path
 	switch {
+	case onHugetlbfs(path):
+		return resolveHugeVolume(r)
 	case info.IsDir() && projection.MatchString(m.GetHostPath()) && treeFits(path):
 		r.Via, r.GuestPath = viaFiles, filepath.Join(guestFiles, r.Name)
 	case info.Mode().IsRegular() && isKubeletFile(cfg, m) && info.Size() <= maxPushedBytes:

@@ -185,6 +185,9 @@ func (p *pod) makeRunDir() error { return os.MkdirAll(p.runDir(), 0o711) }
 func (p *pod) launch(ctx context.Context, machine qemu.Machine, parts *machineParts, from *template) (g *guest, err error) {
 	began := time.Now()
 	defer func() { p.rt.metrics.launched(parts, began, err) }()
+	if err := enoughHugePages(machine); err != nil {
+		return nil, err
+	}
 	taps, err := p.rt.net.OpenTaps(p.rec.Status().Network)
 	if err != nil {
 		return nil, fmt.Errorf("open the taps: %w", err)
@@ -256,7 +259,7 @@ func (p *pod) machine(ctx context.Context, s podStatus) (qemu.Machine, error) {
 	m := p.rt.guestImage.machine(accel.Accel)
 	m.Name = "vmruntime-" + p.id[:16]
 	m.VCPUs = spec.VCPUs
-	m.MemoryBytes = spec.MemoryBytes
+	m.MemoryBytes, m.HugeNodeBytes = spec.MemoryBytes, spec.HugeBytes
 	m.Disks = []qemu.Disk{{Serial: scratchSerial, Path: p.scratch, Format: "raw"}}
 	m.NICs = nics(s.Network)
 	return m, nil
@@ -326,6 +329,7 @@ func (p *pod) sandboxRequest() (*agentpb.ConfigureSandboxRequest, error) {
 		Sysctls:         cfg.GetLinux().GetSysctls(),
 		ScratchDisk:     scratchSerial,
 		ShmSizeBytes:    64 << 20,
+		HugePages:       p.rec.Spec().HugeBytes / qemu.HugeNodePage,
 		PodPidNamespace: cfg.GetLinux().GetSecurityContext().GetNamespaceOptions().GetPid() == runtimeapi.NamespaceMode_POD,
 	}
 	if uids, gids := ocispec.Users(cfg); uids != nil {

@@ -34,6 +34,8 @@ type podSpec struct {
 	UID         uint32 `json:"uid"`
 	VCPUs       int    `json:"vcpus"`
 	MemoryBytes int64  `json:"memoryBytes"`
+	// HugeBytes is what a container VM has of huge pages of 2 MiB, beside its memory.
+	HugeBytes int64 `json:"hugeBytes,omitempty"`
 }
 
 // podStatus is what happened to a sandbox since.

@@ -48,13 +48,18 @@ func podName(m *runtimeapi.PodSandboxMetadata) string {
 
 // createPod writes the record of a sandbox that has nothing yet.
 func (rt *Runtime) createPod(id string, req *runtimeapi.RunPodSandboxRequest) (*pod, error) {
+	huge, err := hugeBytes(req.GetConfig())
+	if err != nil {
+		return nil, err
+	}
 	vcpus, memory := rt.cfg.VM.size(req.GetConfig())
 	return rt.recordPod(id, podSpec{
 		Handler:     req.GetRuntimeHandler(),
 		Config:      message[*runtimeapi.PodSandboxConfig]{req.GetConfig()},
 		CreatedAt:   time.Now(),
 		VCPUs:       vcpus,
-		MemoryBytes: memory,
+		MemoryBytes: withHugePages(memory, huge),
+		HugeBytes:   huge,
 	})
 }
 

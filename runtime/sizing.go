@@ -4,6 +4,8 @@ import (
 	"math"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/vmruntime/vmruntime/qemu"
 )
 
 // overhead is what the guest's own kernel and agent get, but never more than the pod's overhead: Kubernetes counts on no
@@ -32,6 +34,16 @@ func (c VMConfig) size(cfg *runtimeapi.PodSandboxConfig) (vcpus int, memoryBytes
 		memory = limit
 	}
 	memory = min(max(memory+c.overhead(cfg), int64(c.MinMemory)), int64(c.MaxMemory))
-	const mib = 1 << 20
-	return vcpus, (memory + mib - 1) / mib * mib
+	return vcpus, roundUp(memory, 1<<20)
 }
+
+// withHugePages is the memory of a VM that has huge pages beside it: so much more as the guest's kernel needs to describe them, and
+// whole pages, so that the huge ones of guest and node lie on one another.
+func withHugePages(memory, huge int64) int64 {
+	if huge == 0 {
+		return memory
+	}
+	return roundUp(memory+huge/hugePageCost, qemu.HugeNodePage)
+}
+
+func roundUp(n, to int64) int64 { return (n + to - 1) / to * to }

@@ -67,7 +67,7 @@ func infoOf(name string, v any) (map[string]string, error) {
 // verbose tells what a sandbox is made of, for crictl inspectp.
 func (p *pod) verbose() (map[string]string, error) {
 	spec, s := p.rec.Spec(), p.rec.Status()
-	return infoOf("info", map[string]any{"uid": spec.UID, "vcpus": spec.VCPUs, "memoryBytes": spec.MemoryBytes, "guest": s.Guest, "network": s.Network})
+	return infoOf("info", map[string]any{"uid": spec.UID, "vcpus": spec.VCPUs, "memoryBytes": spec.MemoryBytes, "hugeBytes": spec.HugeBytes, "guest": s.Guest, "network": s.Network})
 }
 
 func (c *container) verbose(ctx context.Context) (map[string]string, error) {

@@ -130,9 +130,9 @@ func shape(m qemu.Machine) qemu.Machine {
 }
 
 // take gives a template for the machine of a pod in the namespace, which the caller closes; nil if there is none yet. Then one is
-// made or loaded meanwhile.
+// made or loaded meanwhile. Memory of huge pages cannot be a copy, so a machine with some has none.
 func (t *templates) take(m qemu.Machine, namespace string) *template {
-	if !t.cfg.Enabled {
+	if !t.cfg.Enabled || m.HugeNodeBytes > 0 {
 		return nil
 	}
 	m = shape(m)

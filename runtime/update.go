@@ -28,6 +28,9 @@ func (rt *Runtime) UpdateContainerResources(ctx context.Context, req *runtimeapi
 	if c.isMachine() {
 		return nil, fmt.Errorf("container %s is a machine, which keeps its size while it runs; change the pod's resources and let it start anew: %w", c.id, errdefs.ErrNotImplemented)
 	}
+	if err := c.pod.checkHugeLimits(req.GetLinux().GetHugepageLimits()); err != nil {
+		return nil, err
+	}
 	limits := c.resources()
 	if len(req.GetLinux().GetHugepageLimits()) > 0 {
 		limits.HugepageLimits = nil // Merge would append

@@ -144,6 +144,11 @@ func (s *Server) prepare(ctx context.Context, c *container, req *agentpb.CreateC
 			return fmt.Errorf("images %q: %w", img.Name, err)
 		}
 	}
+	for _, v := range req.HugeVolumes {
+		if err := s.mountHugeVolume(v); err != nil {
+			return fmt.Errorf("huge_volumes %q: %w", v.Name, err)
+		}
+	}
 	if err := enterSubmounts(req.Submounts); err != nil {
 		return fmt.Errorf("submounts: %w", err)
 	}

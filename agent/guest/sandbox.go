@@ -30,6 +30,7 @@ func (s *Server) ConfigureSandbox(ctx context.Context, req *agentpb.ConfigureSan
 		{"time_unix_nano", func() error { return setClock(req.TimeUnixNano) }},
 		{"entropy", func() error { return addEntropy(req.Entropy) }},
 		{"restored", func() error { return s.bindAnew(req.Restored) }},
+		{"huge_pages", func() error { return reserveHugePages(req.HugePages) }},
 		{"hostname", func() error { return setHostname(req.Hostname) }},
 		{"scratch_disk", func() error { return s.mountScratch(ctx, req.ScratchDisk) }},
 		{"shm_size_bytes", func() error { return s.mountShm(req.ShmSizeBytes) }},

@@ -13,6 +13,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -316,4 +317,54 @@ func KillOrphan(ctx context.Context, podID string) error {
 		return fs.SkipDir
 	})
 	return errors.Join(append(errs, err)...)
+}
+
+// HugetlbLimit is how many bytes of huge pages of a size, like 2MB, the kubelet allows to a cgroup parent; 0 is none, which also is what
+// a group without such a limit has: then nobody has counted on any.
+func HugetlbLimit(parent, size string) (int64, error) {
+	dir, file := filepath.Join("/sys/fs/cgroup/hugetlb", pathOf(parent)), "hugetlb."+size+".limit_in_bytes"
+	if unified() {
+		dir, file = filepath.Join("/sys/fs/cgroup", pathOf(parent)), "hugetlb."+size+".max"
+	}
+	return readHugetlb(filepath.Join(dir, file))
+}
+
+// unbounded is what the kubelet, and a kernel of cgroup v1, mean by no limit, or less.
+const unbounded = 1 << 62
+
+func readHugetlb(path string) (int64, error) {
+	text, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0, nil // no such controller, or the root
+	}
+	if err != nil {
+		return 0, err
+	}
+	limit := strings.TrimSpace(string(text))
+	if limit == "max" {
+		return 0, nil
+	}
+	n, err := strconv.ParseInt(limit, 10, 64)
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", path, err)
+	}
+	if n >= unbounded {
+		return 0, nil
+	}
+	return n, nil
+}
+
+// pathOf is a cgroup parent's path below a hierarchy's mount point. systemd keeps a-b.slice in a.slice.
+func pathOf(parent string) string {
+	if !strings.HasSuffix(parent, ".slice") {
+		return parent
+	}
+	name := filepath.Base(parent)
+	path := ""
+	for i, c := range name {
+		if c == '-' && i > 0 {
+			path = filepath.Join(path, name[:i]+".slice")
+		}
+	}
+	return filepath.Join(path, name)
 }

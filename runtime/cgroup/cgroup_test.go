@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"testing"
 	"time"
@@ -85,6 +86,33 @@ func TestOOMKills(t *testing.T) {
 		}
 		if kills, err := g.OOMKills(); err != nil || kills != uint64(want) {
 			t.Errorf("after %s: OOMKills = %d, %v; want %d", script, kills, err, want)
+		}
+	}
+}
+
+// What the kubelet writes, and what the kernel has where nobody wrote.
+func TestHugetlbLimit(t *testing.T) {
+	dir := t.TempDir()
+	for text, want := range map[string]int64{"4194304\n": 4 << 20, "0\n": 0, "max\n": 0, "4611686018427387904\n": 0, "9223372036852678656\n": 0} {
+		path := filepath.Join(dir, "limit")
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := readHugetlb(path); got != want || err != nil {
+			t.Errorf("%q is %d, %v, want %d", text, got, err, want)
+		}
+	}
+	if got, err := readHugetlb(filepath.Join(dir, "missing")); got != 0 || err != nil {
+		t.Errorf("a limit that is not there is %d, %v", got, err)
+	}
+	for parent, want := range map[string]string{
+		"":                                "",
+		"/kubepods/podUID":                "/kubepods/podUID",
+		"kubepods-podUID.slice":           "kubepods.slice/kubepods-podUID.slice",
+		"kubepods-burstable-pod1_2.slice": "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1_2.slice",
+	} {
+		if got := pathOf(parent); got != want {
+			t.Errorf("%q is at %q, want %q", parent, got, want)
 		}
 	}
 }

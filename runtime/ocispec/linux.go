@@ -113,8 +113,8 @@ func Resources(r *runtimeapi.LinuxContainerResources) (*specs.LinuxResources, er
 	}
 	for _, h := range r.GetHugepageLimits() {
 		// The kubelet names every page size of the node, with 0 where none are asked for. The guest may not have
-		// that size.
-		if h.GetLimit() > 0 {
+		// that size, but for 2MB, of which other containers may have some.
+		if h.GetLimit() > 0 || h.GetPageSize() == "2MB" {
 			out.HugepageLimits = append(out.HugepageLimits, specs.LinuxHugepageLimit{Pagesize: h.GetPageSize(), Limit: h.GetLimit()})
 		}
 	}

@@ -28,6 +28,7 @@ const (
 	Server  = "vmruntime.test/server:1"  // one static Go program, port 8080
 	Users   = "vmruntime.test/users:1"   // USER alice:crew, more users and groups
 	Layers  = "vmruntime.test/layers:1"  // two layers, the second with whiteouts
+	Pages   = "vmruntime.test/pages:1"   // busybox, and /pages, which maps huge pages
 )
 
 const (
@@ -124,6 +125,13 @@ func addOwn(d *debs, all map[string]v1.Image) error {
 		Nginx:   func() (v1.Image, error) { return d.nginx(base, 80) },
 		Server: func() (v1.Image, error) {
 			return goImage("server", "/server", 0o755, v1.Config{ExposedPorts: map[string]struct{}{"8080/tcp": {}}})
+		},
+		Pages: func() (v1.Image, error) {
+			layer, err := goLayer("pages", "/pages", 0o755)
+			if err != nil {
+				return nil, err
+			}
+			return image(v1.Config{Cmd: []string{"sh"}}, base, layer)
 		},
 		Users:  func() (v1.Image, error) { return usersImage(base) },
 		Layers: func() (v1.Image, error) { return layersImage(base) },

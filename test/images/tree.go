@@ -97,6 +97,16 @@ func (n *node) write(w *tar.Writer, name string) error {
 
 // goImage is an image of one static Go program, which it runs.
 func goImage(prog, file string, mode int64, config v1.Config) (v1.Image, error) {
+	layer, err := goLayer(prog, file, mode)
+	if err != nil {
+		return nil, err
+	}
+	config.Entrypoint = []string{file}
+	return image(config, layer)
+}
+
+// goLayer is one static Go program as a file.
+func goLayer(prog, file string, mode int64) (v1.Layer, error) {
 	tmp, err := os.MkdirTemp("", "vmruntime-images-")
 	if err != nil {
 		return nil, err
@@ -116,12 +126,7 @@ func goImage(prog, file string, mode int64, config v1.Config) (v1.Image, error) 
 	}
 	fs := tree{}
 	fs.file(file[1:], mode, string(data))
-	layer, err := fs.layer()
-	if err != nil {
-		return nil, err
-	}
-	config.Entrypoint = []string{file}
-	return image(config, layer)
+	return fs.layer()
 }
 
 func sourceDir() string {

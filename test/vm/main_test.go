@@ -175,7 +175,7 @@ func newBed(dir, program string) (*bed, error) {
 		return nil, errors.Join(err, n.Stop())
 	}
 	b.rt, b.image = runtimeapi.NewRuntimeServiceClient(b.conn), runtimeapi.NewImageServiceClient(b.conn)
-	for _, ref := range []string{images.Busybox, images.Nginx, images.Server, images.Users, images.Layers} {
+	for _, ref := range []string{images.Busybox, images.Nginx, images.Server, images.Users, images.Layers, images.Pages} {
 		if err := b.pull(ctx, ref); err != nil {
 			return nil, errors.Join(err, b.conn.Close(), n.Stop())
 		}

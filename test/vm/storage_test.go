@@ -326,27 +326,8 @@ func TestMachineShares(t *testing.T) {
 // A machine's memory consists of huge pages where its container has them.
 func TestMachineHugePages(t *testing.T) {
 	ctx, b := use(t)
-	const all, free, want = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages", "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages", 112
-	number := func(file string) (n int) {
-		t.Helper()
-		if _, err := fmt.Sscan(readFile(file), &n); err != nil {
-			t.Fatalf("%s: %v", file, err)
-		}
-		return n
-	}
-	before := number(all)
-	if err := os.WriteFile(all, fmt.Appendf(nil, "%d", before+want), 0o644); err != nil {
-		t.Skipf("needs huge pages: %v", err)
-	}
-	t.Cleanup(func() {
-		if err := os.WriteFile(all, fmt.Appendf(nil, "%d", before), 0o644); err != nil {
-			t.Error(err)
-		}
-	})
-	had := number(free)
-	if had < want {
-		t.Skipf("needs %d free huge pages of 2 MiB, the kernel finds %d", want, had)
-	}
+	const want = 112
+	had := reserveHugePages(t, want)
 	p := b.machinePod(ctx, t, images.Tiny)
 	huge := func(attempt uint32, limits ...*runtimeapi.HugepageLimit) *runtimeapi.ContainerConfig {
 		return with(volumes(attempt), func(c *runtimeapi.ContainerConfig) {
@@ -361,11 +342,11 @@ func TestMachineHugePages(t *testing.T) {
 	_, err = p.tryCreate(huge(2, &runtimeapi.HugepageLimit{PageSize: "2MB", Limit: 3 << 20}))
 	refused(t, err, codes.InvalidArgument, "3145728", "multiple")
 	c := p.start(huge(3, two)).up(1)
-	if got := had - number(free); got != want {
+	if got := had - freeHugePages(t); got != want {
 		t.Errorf("the machine has %d huge pages, want %d", got, want)
 	}
 	c.stop(30)
-	c.until("the pages are given back", func() bool { return number(free) == had })
+	c.until("the pages are given back", func() bool { return freeHugePages(t) == had })
 }
 
 // A guest cannot write more than its root disk has; what it wrote is counted.
