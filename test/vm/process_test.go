@@ -3,10 +3,12 @@ package vm_test
 import (
 	"encoding/json"
 	"fmt"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 
+	"google.golang.org/grpc/codes"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/vmruntime/vmruntime/test/images"
@@ -142,6 +144,35 @@ func TestSecurity(t *testing.T) {
 		if strings.TrimSuffix(got, "\n") != tt.want {
 			t.Errorf("%s: %q, want %q", tt.name, got, tt.want)
 		}
+	}
+}
+
+// A profile of the node's bounds a container's system calls: what it forbids fails, the rest works. One that cannot be used is refused.
+func TestSeccompLocalhost(t *testing.T) {
+	ctx, b := use(t)
+	p := b.vmPod(ctx, t)
+	profile := func(name, text string) string {
+		path := filepath.Join(t.TempDir(), name)
+		writeFile(t, path, text)
+		return path
+	}
+	confined := func(name, ref string) *runtimeapi.ContainerConfig {
+		return with(idle(name), func(c *runtimeapi.ContainerConfig) {
+			security(c).Seccomp = &runtimeapi.SecurityProfile{ProfileType: runtimeapi.SecurityProfile_Localhost, LocalhostRef: ref}
+		})
+	}
+	c := p.start(confined("c", profile("no-mkdir.json", `{"defaultAction": "SCMP_ACT_ALLOW",
+		"syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38}]}`)))
+	c.expect("touch /file && echo made; mkdir /dir 2>&1; true", "made\nmkdir: can't create directory '/dir': Function not implemented")
+	c.expect("grep Seccomp: /proc/self/status | cut -f2", "2")
+	p.start(idle("other")).expect("mkdir /dir && echo made", "made")
+	for name, tt := range map[string]struct{ ref, words string }{
+		"missing":    {filepath.Join(t.TempDir(), "missing.json"), "missing.json"},
+		"relative":   {"profile.json", "absolute"},
+		"no profile": {profile("words.json", "words"), "not an OCI seccomp profile"},
+	} {
+		_, err := p.tryCreate(confined("refused", tt.ref))
+		t.Run(name, func(t *testing.T) { refused(t, err, codes.InvalidArgument, "localhost_ref", tt.words) })
 	}
 }
 
