@@ -408,7 +408,7 @@ func (p *pod) prepareRestored(ctx context.Context, m *checkpointManifest, r *arc
 	if err != nil {
 		return err
 	}
-	err = r.Stream(scratchStream, func(from io.Reader) error { return archive.ReadSparse(disk, from) })
+	err = r.Stream(scratchStream, func(from io.Reader) error { return archive.ReadSparse(disk, from, m.ScratchSize) })
 	return errors.Join(err, disk.Close())
 }
 

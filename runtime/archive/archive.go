@@ -32,6 +32,8 @@ const (
 	// maxManifest bounds what is read before anything is checked.
 	maxManifest = 64 << 20
 	format      = 1
+	// maxWindow is how much memory a stream may ask for to be read; what is written here asks for 4 MiB.
+	maxWindow = 32 << 20
 )
 
 // file is one stream as the manifest has it.
@@ -265,6 +267,9 @@ func openRegular(root *os.Root, name string) (*os.File, error) {
 
 // open checks one file and keeps it open.
 func (r *Reader) open(ctx context.Context, root *os.Root, want file) error {
+	if r.files[want.Name] != nil {
+		return damaged("it is there twice")
+	}
 	f, err := openRegular(root, want.Name)
 	if err != nil {
 		return err
@@ -292,7 +297,7 @@ func (r *Reader) Stream(name string, use func(io.Reader) error) error {
 	if _, err := f.Seek(0, io.SeekStart); err != nil {
 		return err
 	}
-	z, err := zstd.NewReader(f)
+	z, err := zstd.NewReader(f, zstd.WithDecoderMaxWindow(maxWindow))
 	if err != nil {
 		return err
 	}

@@ -39,21 +39,37 @@ func WriteSparse(w io.Writer, f *os.File) error {
 	}
 }
 
-// ReadSparse makes f what WriteSparse has written.
-func ReadSparse(f *os.File, r io.Reader) error {
+// ReadSparse makes f what WriteSparse has written of a file of the given size. What it has not written of another file reads as zeros.
+func ReadSparse(f *os.File, r io.Reader, size int64) error {
 	if err := f.Truncate(0); err != nil {
 		return err
 	}
-	for {
+	for end := int64(0); ; {
 		var e extent
 		if err := binary.Read(r, binary.LittleEndian, &e); err != nil {
-			return err
+			return damaged("read the head of a piece: %v", err)
 		}
 		if e.Length == 0 {
-			return f.Truncate(e.Offset)
+			return finishSparse(f, r, e.Offset, end, size)
 		}
-		if _, err := io.CopyN(io.NewOffsetWriter(f, e.Offset), r, e.Length); err != nil {
+		if e.Offset < end || e.Length < 0 || e.Offset > size || e.Length > size-e.Offset {
+			return damaged("there is a piece of %d bytes at %d, after one that ends at %d, in a file of %d", e.Length, e.Offset, end, size)
+		}
+		end = e.Offset + e.Length
+		if n, err := io.CopyN(io.NewOffsetWriter(f, e.Offset), r, e.Length); errors.Is(err, io.EOF) {
+			return damaged("a piece at %d ends after %d bytes, not %d", e.Offset, n, e.Length)
+		} else if err != nil {
 			return err
 		}
 	}
+}
+
+func finishSparse(f *os.File, r io.Reader, got, end, size int64) error {
+	if got != size || end > size {
+		return damaged("the file has %d bytes, not %d", got, size)
+	}
+	if n, err := io.CopyN(io.Discard, r, 1); n > 0 || !errors.Is(err, io.EOF) {
+		return damaged("there is more after the end of the file (%v)", err)
+	}
+	return f.Truncate(size)
 }
