@@ -220,7 +220,7 @@ func (p *pod) checkpoint(ctx context.Context, selected []*container, w *archive.
 	if err := p.update(func(s *podStatus) error { s.Capturing = true; return nil }); err != nil {
 		return err
 	}
-	err = p.capture(ctx, g, selected, m, w)
+	err = p.captureUnlessCut(ctx, g, selected, m, w)
 	if released := g.release(ctx); released != nil {
 		err = errors.Join(err, released)
 		g.releaseLeft()
@@ -229,6 +229,31 @@ func (p *pod) checkpoint(ctx context.Context, selected []*container, w *archive.
 		return fmt.Errorf("checkpoint sandbox %s: %w", p.id, err)
 	}
 	return w.Finish(m)
+}
+
+// errCut is the cause of the end of a checkpoint's context.
+var errCut = fmt.Errorf("given up, to end what runs in the pod: %w", errdefs.ErrAborted)
+
+// captureUnlessCut ends early when cutCheckpoint asks for it.
+func (p *pod) captureUnlessCut(ctx context.Context, g *guest, selected []*container, m *checkpointManifest, w *archive.Writer) error {
+	ctx, cut := context.WithCancelCause(ctx)
+	defer cut(nil)
+	p.cut.Store(&cut)
+	defer p.cut.Store(nil)
+	err := p.capture(ctx, g, selected, m, w)
+	if err != nil && errors.Is(context.Cause(ctx), errCut) {
+		return errCut
+	}
+	return err
+}
+
+// cutCheckpoint gives up the checkpoint that is being taken, if one is; the pod then goes on.
+func (p *pod) cutCheckpoint() bool {
+	cut := p.cut.Load()
+	if cut != nil {
+		(*cut)(errCut)
+	}
+	return cut != nil
 }
 
 // describeCheckpoint fills in what does not need the pod to stand still.
@@ -306,10 +331,7 @@ func (p *pod) capture(ctx context.Context, g *guest, selected []*container, m *c
 	if err := w.Stream(ctx, scratchStream, func(to io.Writer) error { return archive.WriteSparse(to, disk) }); err != nil {
 		return err
 	}
-	if s, err := g.vm.State(ctx); err != nil || s == stateRunning {
-		return errors.Join(err, fmt.Errorf("the VM was let go on meanwhile, to end what runs in it: %w", errdefs.ErrAborted))
-	}
-	return nil
+	return ctx.Err()
 }
 
 // freeze stops the containers in the guest, which the saved state has so, and waits until all that they have written

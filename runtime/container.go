@@ -293,6 +293,9 @@ func (rt *Runtime) RemoveContainer(ctx context.Context, req *runtimeapi.RemoveCo
 }
 
 func (rt *Runtime) removeContainer(ctx context.Context, c *container) error {
+	if c.rec.Status().running() {
+		c.pod.cutCheckpoint() // which holds the lock
+	}
 	// Under the lock, so that a start that runs has come to its end and is not missed.
 	c.life.Lock()
 	defer c.life.Unlock()

@@ -44,6 +44,8 @@ type pod struct {
 	scratch string
 	// incoming is what the next guest is restored from, until it is this pod; life guards it while it is made.
 	incoming atomic.Pointer[incoming]
+	// cut ends the checkpoint that is being taken, if one is.
+	cut atomic.Pointer[context.CancelCauseFunc]
 
 	mu    sync.Mutex
 	guest *guest

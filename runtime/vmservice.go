@@ -80,6 +80,9 @@ func (s *vmService) Resume(ctx context.Context, req *vmpb.ResumeRequest) (*vmpb.
 	if err != nil {
 		return nil, err
 	}
+	if g.pod.cut.Load() != nil {
+		return nil, fmt.Errorf("a checkpoint of the pod is being taken, after which it goes on by itself: %w", errdefs.ErrFailedPrecondition)
+	}
 	g.log.Info("resumed by an administrator")
 	return &vmpb.ResumeResponse{}, g.vm.Resume(ctx)
 }

@@ -21,6 +21,8 @@ const (
 	// statePaused is QEMU's word for a guest that was told to stand still, stateRunning for one that was not.
 	statePaused  = "paused"
 	stateRunning = "running"
+	// stateSaved is its word for one that stands still since its state was saved.
+	stateSaved = "postmigrate"
 	// clockTick is the unit of times in /proc/PID/stat, 1/USER_HZ, which is the same on all architectures of ours.
 	clockTick = 10 * time.Millisecond
 )
@@ -214,10 +216,13 @@ func (g *guest) askReboot(ctx context.Context, ga *qga.Client) error {
 	return ga.Shutdown(ctx, qga.Reboot)
 }
 
-// wake lets a guest that an administrator has paused go on: while it stands still it can end nothing in order.
+// wake lets a guest go on that an administrator or a checkpoint has stopped: while it stands still it can end nothing in order.
 func (p *pod) wake(ctx context.Context) {
 	g := p.currentGuest()
-	if g == nil || !g.alive() || g.state(ctx) != statePaused {
+	if g == nil || !g.alive() || p.cutCheckpoint() {
+		return
+	}
+	if s := g.state(ctx); s != statePaused && s != stateSaved {
 		return
 	}
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)

@@ -23,9 +23,11 @@ import (
 //	slow NAME DURATION    the agent's method takes so long
 //	drop BYTES            the host's connection to the agent is lost each time after so many bytes
 //	step                  before it does what it is asked, the fake waits until the test has seen that
+//	saving DURATION       its state takes so long to be written
 //	flaky N               the first N connections are lost as they begin
 type faults struct {
 	boot   time.Duration
+	saving time.Duration
 	silent bool
 	dies   string
 	refuse map[string]string
@@ -49,6 +51,8 @@ func parseFaults(text string) (*faults, error) {
 		case "":
 		case "boot":
 			f.boot, err = time.ParseDuration(rest)
+		case "saving":
+			f.saving, err = time.ParseDuration(rest)
 		case "step":
 			f.step = true
 		case "silent":

@@ -15,6 +15,9 @@ import (
 	"syscall"
 	"testing"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/vmruntime/vmruntime/runtime"
@@ -38,6 +41,9 @@ func TestCrash(t *testing.T) { killedEverywhere(t, (*life).containerSteps, 30, 1
 
 // The same for a machine.
 func TestCrashMachine(t *testing.T) { killedEverywhere(t, (*life).machineSteps, 20, 5) }
+
+// The same for a pod that is checkpointed, and another one that is made of that.
+func TestCrashCheckpoint(t *testing.T) { killedEverywhere(t, (*life).checkpointSteps, 20, 10) }
 
 // killedEverywhere lives lives of a kind, of which each opens and calls at least so much.
 func killedEverywhere(t *testing.T, steps func(*life) []step, leastOpens, leastCalls int) {
@@ -193,6 +199,8 @@ type life struct {
 	w    *world
 	name string
 	next int // the step that was not answered yet
+	// attempts is how many archives were begun.
+	attempts int
 	// steps are the whole life.
 	steps func(*life) []step
 }
@@ -251,6 +259,143 @@ func (l *life) machineSteps() []step {
 		{"stop pod", func(l *life) error { return l.w.stopPod(l.name) }, []string{stopped}},
 		{"remove", func(l *life) error { return l.w.removePod(l.name) }, nil},
 	}
+}
+
+// restored is the name of the pod that is made from the checkpoint, and of its container.
+func (l *life) restored() string { return l.name + "-r" }
+
+// checkpointSteps are the life of a pod that is checkpointed while it writes its log, and that of the pod restored from it.
+func (l *life) checkpointSteps() []step {
+	pod, a := "pod "+l.name+" ready", "container "+l.a()+" "
+	r, ra := "pod "+l.restored()+" ready", a // it has to be called what it was
+	return []step{
+		{"run", func(l *life) error { return l.run() }, []string{pod}},
+		{"create", func(l *life) error {
+			return l.create(l.a(), []string{"trap bye", fmt.Sprintf("lines %d 4ms", checkpointLines), "wait"})
+		}, []string{pod, a + "created"}},
+		{"start", func(l *life) error { return l.start(l.a()) }, []string{pod, a + "running"}},
+		{"lines", func(l *life) error { return l.logged(l.a(), 5) }, []string{pod, a + "running"}},
+		{"checkpoint", (*life).checkpoint, []string{pod, a + "running"}},
+		{"all lines", func(l *life) error { return l.logged(l.a(), checkpointLines-1) }, []string{pod, a + "running"}},
+		{"stop", func(l *life) error { return l.w.stop(l.a(), 10) }, []string{pod, a + "exited"}},
+		{"restore", (*life).restore, []string{pod, a + "exited", r, ra + "created"}},
+		{"remove", func(l *life) error { return l.w.removePod(l.name) }, []string{r, ra + "created"}},
+		{"start restored", func(l *life) error { return l.start(l.restored()) }, []string{r, ra + "running"}},
+		{"all restored lines", func(l *life) error { return l.logged(l.restored(), checkpointLines-1) }, []string{r, ra + "running"}},
+		{"stop restored", func(l *life) error { return l.w.stop(l.restored(), 10) }, []string{r, ra + "exited"}},
+		{"ends", (*life).endOfRestored, []string{r, ra + "exited"}},
+		{"remove restored", func(l *life) error { return l.w.removePod(l.restored()) }, nil},
+	}
+}
+
+// checkpointLines is what the container writes: some before it is checkpointed, the others after.
+const checkpointLines = 300
+
+func (l *life) logged(name string, line int) error {
+	_, err := loggedCommand(l.w, []string{name, "stdout " + lineText(line)})
+	return err
+}
+
+// archive is the directory of the latest attempt.
+func (l *life) archive() string {
+	return filepath.Join(l.w.logs, fmt.Sprintf("%s-archive-%d", l.name, l.attempts))
+}
+
+// checkpoint makes an archive, unless an unanswered call has. What is half made is no archive.
+func (l *life) checkpoint() error {
+	if l.attempts > 0 {
+		if _, err := os.Stat(filepath.Join(l.archive(), "manifest.sha256")); err == nil {
+			return nil
+		}
+		if err := l.refusedRestore(); err != nil {
+			return err
+		}
+	}
+	l.attempts++
+	if err := os.MkdirAll(l.archive(), 0o700); err != nil {
+		return err
+	}
+	ctx, cancel := call()
+	defer cancel()
+	_, err := l.w.rt.CheckpointPod(ctx, &runtimeapi.CheckpointPodRequest{
+		PodSandboxId: l.w.pods[l.name].id, ContainerIds: []string{l.w.containers[l.a()].id}, OutputPath: l.archive(),
+	})
+	return err
+}
+
+func (l *life) refusedRestore() error {
+	err := l.tryRestore()
+	if status.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), "the checkpoint is damaged") {
+		return fmt.Errorf("restored from an archive that was cut off: %w, want InvalidArgument", err)
+	}
+	return nil
+}
+
+func (l *life) tryRestore() error {
+	name := l.restored()
+	p := &sandbox{name: name, cfg: l.w.podConfig(name)}
+	if err := os.MkdirAll(p.cfg.GetLogDirectory(), 0o755); err != nil {
+		return err
+	}
+	cfg := proto.CloneOf(l.w.containers[l.a()].cfg)
+	cfg.LogPath = name + ".log"
+	cfg.Metadata.Name = l.a()
+	ctx, cancel := call()
+	defer cancel()
+	resp, err := l.w.rt.RestorePod(ctx, &runtimeapi.RestorePodRequest{
+		CheckpointPath: l.archive(), Config: p.cfg, RuntimeHandler: "vm", ContainerConfigs: []*runtimeapi.ContainerConfig{cfg},
+	})
+	if err != nil {
+		return err
+	}
+	p.id = resp.GetPodSandboxId()
+	l.w.pods[name] = p
+	l.w.containers[name] = &ctr{name: name, id: resp.GetRestoredContainers()[0].GetContainerId(), pod: p, cfg: cfg}
+	return nil
+}
+
+// restore makes a pod of the archive, in place of one that an unanswered call has made.
+func (l *life) restore() error {
+	ctx, cancel := call()
+	defer cancel()
+	list, err := l.w.rt.ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{})
+	if err != nil {
+		return err
+	}
+	for _, item := range list.GetItems() {
+		if item.GetMetadata().GetName() != l.restored() {
+			continue
+		}
+		if _, err := l.w.rt.RemovePodSandbox(ctx, &runtimeapi.RemovePodSandboxRequest{PodSandboxId: item.GetId()}); err != nil {
+			return err
+		}
+	}
+	return l.tryRestore()
+}
+
+// endOfRestored holds that no line is missing: what the restored log has begins with one that was not logged yet, or was logged after
+// the checkpoint.
+func (l *life) endOfRestored() error {
+	if line, err := l.w.containerLine(l.restored()); err != nil || line != "exited 0 Completed" {
+		return fmt.Errorf("the restored container is %q (%w), want exited 0 Completed", line, err)
+	}
+	text, err := l.w.logText(l.restored())
+	if err != nil {
+		return err
+	}
+	var first int
+	if _, err := fmt.Sscanf(text, "stdout line %d", &first); err != nil || first < 5 {
+		return fmt.Errorf("the restored log begins with %.40q, want a line after the fifth: %w", text, err)
+	}
+	var want strings.Builder
+	for i := first; i < checkpointLines; i++ {
+		fmt.Fprintf(&want, "stdout %s\n", lineText(i))
+	}
+	want.WriteString("stdout bye\n")
+	if text != want.String() {
+		return fmt.Errorf("the restored log is %q, want the lines from %d on, and bye", text, first)
+	}
+	return nil
 }
 
 // endOfMachine holds that the machine powered off, and that its whole console is in the log, once.

@@ -29,6 +29,7 @@ type fakeGuest struct {
 	faults *faults
 	trace  func(kind, text string)
 	off    func() // the guest powers off
+	stands func() // waits while the guest's processors are stopped
 
 	mu         sync.Mutex
 	configured bool
@@ -53,6 +54,9 @@ func untraced() []string { return []string{"Info", "Wait", "ReadOutput", "Stats"
 
 func (g *fakeGuest) intercept(ctx context.Context, um ttrpc.Unmarshaler, info *ttrpc.UnaryServerInfo, method ttrpc.Method) (any, error) {
 	name := info.FullMethod[strings.LastIndex(info.FullMethod, "/")+1:]
+	if g.stands != nil {
+		g.stands()
+	}
 	<-time.After(g.faults.delay(name)) // the fault itself: an agent that is slow
 	resp, err := method(ctx, func(v any) error {
 		if err := um(v); err != nil {
@@ -75,6 +79,8 @@ func render(m proto.Message) string {
 	switch r := m.(type) {
 	case *agentpb.ConfigureSandboxRequest:
 		r.Entropy, r.TimeUnixNano = nil, 0
+	case *agentpb.AdoptRequest:
+		return "{}"
 	case *agentpb.CreateContainerRequest:
 		r.OciSpec = []byte(strings.Join(argsOf(r.GetOciSpec()), "; "))
 		return fmt.Sprintf(`{"id":%q,"args":%q,"rootfsDisk":%q}`, r.GetId(), r.GetOciSpec(), r.GetRootfsDisk())
@@ -446,14 +452,66 @@ func (p *fakePort) Close() error {
 	return err
 }
 
-func (g *fakeGuest) Freeze(context.Context, *agentpb.FreezeRequest) (*agentpb.FreezeResponse, error) {
-	return nil, errdefs.ErrNotImplemented
+// guestImage is what a saved guest is.
+type guestImage struct {
+	Configured bool
+	Processes  []image
+	Files      map[string][]byte
 }
 
-func (g *fakeGuest) Thaw(context.Context, *agentpb.ThawRequest) (*agentpb.Empty, error) {
-	return nil, errdefs.ErrNotImplemented
+func (g *fakeGuest) save() ([]byte, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	i := guestImage{Configured: g.configured, Files: g.files}
+	for _, p := range g.processes {
+		i.Processes = append(i.Processes, p.save())
+	}
+	return json.Marshal(i)
+}
+
+// load makes the guest what was saved; its processes are frozen.
+func (g *fakeGuest) load(data []byte) error {
+	var i guestImage
+	if err := json.Unmarshal(data, &i); err != nil {
+		return err
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.configured, g.files = i.Configured, i.Files
+	for _, saved := range i.Processes {
+		p := loadProcess(saved)
+		g.processes = append(g.processes, p)
+		if !saved.Started.IsZero() && saved.Exited.IsZero() {
+			go p.run()
+		}
+	}
+	return nil
+}
+
+func (g *fakeGuest) Freeze(_ context.Context, r *agentpb.FreezeRequest) (*agentpb.FreezeResponse, error) {
+	resp := &agentpb.FreezeResponse{}
+	for _, id := range r.GetContainerIds() {
+		p, err := g.find(id, "")
+		if err != nil {
+			return nil, err
+		}
+		end := p.freeze()
+		resp.Ends = append(resp.Ends, &agentpb.OutputEnd{ContainerId: id, Stdout: end[0], Stderr: end[1]})
+	}
+	return resp, nil
+}
+
+func (g *fakeGuest) Thaw(_ context.Context, r *agentpb.ThawRequest) (*agentpb.Empty, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, p := range g.processes {
+		if len(r.GetContainerIds()) == 0 || slices.Contains(r.GetContainerIds(), p.container) {
+			p.thaw()
+		}
+	}
+	return &agentpb.Empty{}, nil
 }
 
 func (g *fakeGuest) Adopt(context.Context, *agentpb.AdoptRequest) (*agentpb.Empty, error) {
-	return nil, errdefs.ErrNotImplemented
+	return &agentpb.Empty{}, nil
 }

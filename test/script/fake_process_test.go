@@ -31,31 +31,77 @@ const outputBound = 1 << 20
 //	exit N
 type process struct {
 	container, exec string
-	script          []string
 
 	mu      sync.Mutex
 	changed chan struct{} // closed and replaced at each change
-	chunks  []*agentpb.OutputChunk
-	end     [2]uint64 // offsets behind the last byte of each stream
-	acked   [2]uint64
-	stdin   []byte
-	closed  bool // stdin
-	started time.Time
-	exited  time.Time
-	code    int32
-	oom     bool
-	trap    string
-	ignore  bool
+	image   image
 
 	stop chan struct{} // closed when the process is to end at once
 	once sync.Once
 }
 
+// image is all that a process is, and what a saved guest has of it.
+type image struct {
+	Container, Exec string
+	Script          []string
+	// Next is the statement under way, Line what it has done of its lines.
+	Next, Line int
+	Frozen     bool
+	Chunks     []*agentpb.OutputChunk
+	End        [2]uint64 // offsets behind the last byte of each stream
+	Acked      [2]uint64
+	Stdin      []byte
+	Closed     bool // Stdin
+	Started    time.Time
+	Exited     time.Time
+	Code       int32
+	OOM        bool
+	Trap       string
+	Ignore     bool
+}
+
 func newProcess(container, exec string, script []string) *process {
-	return &process{
-		container: container, exec: exec, script: script,
-		changed: make(chan struct{}), stop: make(chan struct{}),
+	return loadProcess(image{Container: container, Exec: exec, Script: script})
+}
+
+func loadProcess(i image) *process {
+	return &process{container: i.Container, exec: i.Exec, image: i, changed: make(chan struct{}), stop: make(chan struct{})}
+}
+
+// save returns what loadProcess takes. Nothing of a process that is frozen changes.
+func (p *process) save() image {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.image
+}
+
+// freeze lets the process do nothing until it is thawed, and tells where its streams end.
+func (p *process) freeze() [2]uint64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.image.Frozen = true
+	return p.image.End
+}
+
+func (p *process) thaw() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.image.Frozen = false
+	p.announce()
+}
+
+// change waits until the process is not frozen, and makes a change of it.
+func (p *process) change(f func(*image)) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for p.image.Frozen {
+		changed := p.changed
+		p.mu.Unlock()
+		<-changed
+		p.mu.Lock()
 	}
+	f(&p.image)
+	p.announce()
 }
 
 // announce wakes who waits for a change. The caller holds mu.
@@ -67,64 +113,69 @@ func (p *process) announce() {
 func (p *process) start() time.Time {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.started = time.Now()
+	p.image.Started = time.Now()
 	go p.run()
-	return p.started
+	return p.image.Started
 }
 
 func (p *process) run() {
-	for _, statement := range p.script {
-		if err := p.step(statement); err != nil {
-			p.write(agentpb.OutputChunk_STDERR, err.Error()+"\n")
-			p.finish(127)
+	for {
+		i := p.save()
+		if i.Next == len(i.Script) {
+			p.exit(0)
+			return
+		}
+		if err := p.step(i.Script[i.Next]); err != nil {
+			p.write(agentpb.OutputChunk_STDERR, err.Error()+"\n", nil)
+			p.exit(127)
 		}
 		if p.state().GetExited() {
 			return
 		}
 	}
-	p.finish(0)
 }
 
+// step carries out a statement, of which a part may be done already, and leaves the process at the next one.
 func (p *process) step(statement string) error {
 	word, rest, _ := strings.Cut(statement, " ")
+	var err error
+	done := func(*image) {}
 	switch word {
 	case "out":
-		p.write(agentpb.OutputChunk_STDOUT, rest+"\n")
+		p.write(agentpb.OutputChunk_STDOUT, rest+"\n", &p.image.Next)
+		return nil
 	case "err":
-		p.write(agentpb.OutputChunk_STDERR, rest+"\n")
+		p.write(agentpb.OutputChunk_STDERR, rest+"\n", &p.image.Next)
+		return nil
 	case "part":
-		p.write(agentpb.OutputChunk_STDOUT, rest)
+		p.write(agentpb.OutputChunk_STDOUT, rest, &p.image.Next)
+		return nil
 	case "lines":
-		return p.lines(strings.Fields(rest))
+		err = p.lines(strings.Fields(rest))
 	case "cat":
 		p.cat()
 	case "sleep":
-		d, err := time.ParseDuration(rest)
+		var d time.Duration
+		d, err = time.ParseDuration(rest)
 		p.pause(d)
-		return err
 	case "trap":
-		p.mu.Lock()
-		p.trap = rest
-		p.mu.Unlock()
+		done = func(i *image) { i.Trap = rest }
 	case "ignore":
-		p.mu.Lock()
-		p.ignore = true
-		p.mu.Unlock()
+		done = func(i *image) { i.Ignore = true }
 	case "wait":
 		<-p.stop
 	case "oom":
-		p.mu.Lock()
-		p.oom = true
-		p.mu.Unlock()
-		p.finish(128 + int32(syscall.SIGKILL))
+		p.change(func(i *image) { i.OOM = true })
+		p.exit(128 + int32(syscall.SIGKILL))
 	case "exit":
-		code, err := strconv.Atoi(rest)
-		p.finish(int32(code))
-		return err
+		var code int
+		code, err = strconv.Atoi(rest)
+		p.exit(int32(code))
 	default:
 		return fmt.Errorf("unknown statement %q", statement)
 	}
-	return nil
+	p.change(func(i *image) { done(i); i.Next++; i.Line = 0 })
+	return err
 }
 
 func (p *process) lines(args []string) error {
@@ -141,8 +192,8 @@ func (p *process) lines(args []string) error {
 			return err
 		}
 	}
-	for i := range n {
-		if !p.write(agentpb.OutputChunk_STDOUT, lineText(i)+"\n") {
+	for i := p.save().Line; i < n; i++ {
+		if !p.write(agentpb.OutputChunk_STDOUT, lineText(i)+"\n", &p.image.Line) {
 			return nil
 		}
 		if every > 0 {
@@ -165,11 +216,11 @@ func (p *process) pause(d time.Duration) {
 func (p *process) cat() {
 	for {
 		p.mu.Lock()
-		data, closed, changed := p.stdin, p.closed, p.changed
-		p.stdin = nil
+		data, closed, changed := p.image.Stdin, p.image.Closed, p.changed
+		p.image.Stdin = nil
 		p.mu.Unlock()
 		if len(data) > 0 {
-			p.write(agentpb.OutputChunk_STDOUT, string(data))
+			p.write(agentpb.OutputChunk_STDOUT, string(data), nil)
 			continue
 		}
 		if closed {
@@ -183,16 +234,19 @@ func (p *process) cat() {
 	}
 }
 
-// write adds output; it waits while too much is not acknowledged, and tells false once the process has ended.
-func (p *process) write(stream agentpb.OutputChunk_Stream, text string) bool {
+// write adds output and counts it; it waits while too much is not acknowledged, and tells false once the process has ended.
+func (p *process) write(stream agentpb.OutputChunk_Stream, text string, count *int) bool {
 	for {
 		p.mu.Lock()
-		if !p.exited.IsZero() {
+		if !p.image.Exited.IsZero() {
 			p.mu.Unlock()
 			return false
 		}
-		if p.end[stream]-p.acked[stream] < outputBound {
+		if p.image.End[stream]-p.image.Acked[stream] < outputBound && !p.image.Frozen {
 			p.keep(stream, text)
+			if count != nil {
+				*count++
+			}
 			p.announce()
 			p.mu.Unlock()
 			return true
@@ -209,35 +263,48 @@ func (p *process) write(stream agentpb.OutputChunk_Stream, text string) bool {
 
 // keep adds to the last chunk if it is of the same stream and not large, as the agent does. The caller holds mu.
 func (p *process) keep(stream agentpb.OutputChunk_Stream, text string) {
-	if n := len(p.chunks); n > 0 && p.chunks[n-1].Stream == stream && len(p.chunks[n-1].Data) < 16<<10 {
-		p.chunks[n-1].Data = append(p.chunks[n-1].Data, text...)
+	if n := len(p.image.Chunks); n > 0 && p.image.Chunks[n-1].Stream == stream && len(p.image.Chunks[n-1].Data) < 16<<10 {
+		p.image.Chunks[n-1].Data = append(p.image.Chunks[n-1].Data, text...)
 	} else {
-		p.chunks = append(p.chunks, &agentpb.OutputChunk{
-			Stream: stream, Offset: p.end[stream], Data: []byte(text), TimeUnixNano: time.Now().UnixNano(),
+		p.image.Chunks = append(p.image.Chunks, &agentpb.OutputChunk{
+			Stream: stream, Offset: p.image.End[stream], Data: []byte(text), TimeUnixNano: time.Now().UnixNano(),
 		})
 	}
-	p.end[stream] += uint64(len(text))
+	p.image.End[stream] += uint64(len(text))
+}
+
+// exit is the end that a process comes to by itself, which it does not while it is frozen.
+func (p *process) exit(code int32) {
+	p.change(func(i *image) { i.end(code) })
+	p.once.Do(func() { close(p.stop) })
+}
+
+func (i *image) end(code int32) {
+	if i.Exited.IsZero() {
+		i.Exited, i.Code = time.Now(), code
+	}
 }
 
 func (p *process) finish(code int32) {
 	p.mu.Lock()
-	if p.exited.IsZero() {
-		p.exited, p.code = time.Now(), code
-		p.announce()
-	}
+	p.image.end(code)
+	p.image.Frozen = false // a signal that kills wakes
+	p.announce()
 	p.mu.Unlock()
 	p.once.Do(func() { close(p.stop) })
 }
 
 func (p *process) signal(s syscall.Signal) {
 	p.mu.Lock()
-	trap, ignore := p.trap, p.ignore
+	trap, ignore := p.image.Trap, p.image.Ignore
 	p.mu.Unlock()
 	switch {
 	case s == syscall.SIGTERM && ignore:
 	case s == syscall.SIGTERM && trap != "":
-		p.write(agentpb.OutputChunk_STDOUT, trap+"\n")
-		p.finish(0)
+		go func() { // when it is not frozen
+			p.write(agentpb.OutputChunk_STDOUT, trap+"\n", nil)
+			p.exit(0)
+		}()
 	default:
 		p.finish(128 + int32(s))
 	}
@@ -247,14 +314,14 @@ func (p *process) state() *agentpb.ProcessState {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	s := &agentpb.ProcessState{
-		ContainerId: p.container, ExecId: p.exec, Started: !p.started.IsZero(), Exited: !p.exited.IsZero(),
-		ExitCode: p.code, OomKilled: p.oom, Pid: 100,
+		ContainerId: p.container, ExecId: p.exec, Started: !p.image.Started.IsZero(), Exited: !p.image.Exited.IsZero(),
+		ExitCode: p.image.Code, OomKilled: p.image.OOM, Pid: 100,
 	}
 	if s.Started {
-		s.StartedAtUnixNano = p.started.UnixNano()
+		s.StartedAtUnixNano = p.image.Started.UnixNano()
 	}
 	if s.Exited {
-		s.ExitedAtUnixNano = p.exited.UnixNano()
+		s.ExitedAtUnixNano = p.image.Exited.UnixNano()
 	}
 	return s
 }
@@ -292,14 +359,14 @@ func (p *process) acknowledge(from, acked [2]uint64) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for i, a := range acked {
-		if a > from[i] || from[i] > p.end[i] || from[i] < p.acked[i] {
+		if a > from[i] || from[i] > p.image.End[i] || from[i] < p.image.Acked[i] {
 			return fmt.Errorf("stream %d is read from %d with %d acknowledged; it has %d bytes, of which %d were acknowledged: %w",
-				i, from[i], a, p.end[i], p.acked[i], errdefs.ErrOutOfRange)
+				i, from[i], a, p.image.End[i], p.image.Acked[i], errdefs.ErrOutOfRange)
 		}
-		p.acked[i] = max(p.acked[i], a)
+		p.image.Acked[i] = max(p.image.Acked[i], a)
 	}
-	for len(p.chunks) > 0 && p.chunks[0].Offset+uint64(len(p.chunks[0].Data)) <= p.acked[p.chunks[0].Stream] {
-		p.chunks = p.chunks[1:]
+	for len(p.image.Chunks) > 0 && p.image.Chunks[0].Offset+uint64(len(p.image.Chunks[0].Data)) <= p.image.Acked[p.image.Chunks[0].Stream] {
+		p.image.Chunks = p.image.Chunks[1:]
 	}
 	p.announce()
 	return nil
@@ -309,7 +376,7 @@ func (p *process) acknowledge(from, acked [2]uint64) error {
 func (p *process) behind(from [2]uint64, limit int64) *agentpb.ReadOutputResponse {
 	resp := &agentpb.ReadOutputResponse{}
 	whole := true
-	for _, c := range p.chunks {
+	for _, c := range p.image.Chunks {
 		data, offset := c.Data, c.Offset
 		if skip := from[c.Stream]; skip > offset {
 			if skip >= offset+uint64(len(data)) {
@@ -324,17 +391,17 @@ func (p *process) behind(from [2]uint64, limit int64) *agentpb.ReadOutputRespons
 			break
 		}
 	}
-	resp.Eof = whole && !p.exited.IsZero()
+	resp.Eof = whole && !p.image.Exited.IsZero()
 	return resp
 }
 
 func (p *process) writeStdin(data []byte) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.closed {
+	if p.image.Closed {
 		return fmt.Errorf("standard input is closed: %w", errdefs.ErrFailedPrecondition)
 	}
-	p.stdin = append(p.stdin, data...)
+	p.image.Stdin = append(p.image.Stdin, data...)
 	p.announce()
 	return nil
 }
@@ -342,6 +409,6 @@ func (p *process) writeStdin(data []byte) error {
 func (p *process) closeStdin() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.closed = true
+	p.image.Closed = true
 	p.announce()
 }

@@ -32,10 +32,14 @@ type fakeQEMU struct {
 	trace  func(kind, text string) // takes note of what is asked
 	port   *fakePort
 	pipe   *os.File // a machine's console
+	guest  *fakeGuest
+	loaded chan struct{} // closed when the guest is what it was told to be
 
 	mu       sync.Mutex
 	conn     *net.UnixConn // the monitor's client
 	state    string
+	resumed  chan struct{} // closed and replaced when state changes
+	saved    string        // how the last migration went
 	console  string
 	devices  []string
 	nodes    []string
@@ -45,11 +49,17 @@ type fakeQEMU struct {
 	passed   map[string]int    // descriptors by getfd
 }
 
-// isFakeQEMU tells whether this process was started as QEMU: no other program has QEMU's first option.
-func isFakeQEMU(args []string) bool { return len(args) > 1 && args[1] == "-no-user-config" }
+// isFakeQEMU tells whether this process was started as QEMU: no other program has QEMU's first options.
+func isFakeQEMU(args []string) bool {
+	return len(args) > 1 && (args[1] == "-no-user-config" || args[1] == "--version")
+}
 
 // runFakeQEMU is the fake's main function. It returns the exit status.
 func runFakeQEMU(args []string) int {
+	if args[1] == "--version" {
+		fmt.Println("QEMU emulator version 7.2.0 (fake)")
+		return 0
+	}
 	signal.Ignore(syscall.SIGPIPE) // as QEMU does: nobody may read its error output any more
 	if err := newFakeQEMU(args).run(); err != nil {
 		fmt.Fprintln(os.Stderr, "fake qemu:", err)
@@ -60,7 +70,7 @@ func runFakeQEMU(args []string) int {
 
 func newFakeQEMU(args []string) *fakeQEMU {
 	return &fakeQEMU{
-		args: args, state: "running",
+		args: args, state: "running", resumed: make(chan struct{}), loaded: make(chan struct{}),
 		ports: make(map[string]string), fdsets: make(map[int]string), passed: make(map[string]int),
 	}
 }
@@ -100,6 +110,12 @@ func (q *fakeQEMU) run() error {
 		}
 		go q.bootMachine()
 	} else {
+		q.guest = &fakeGuest{faults: q.faults, trace: q.trace, off: func() { q.guestEnds("guest-shutdown", "") }, stands: q.standStill}
+		if q.option("-incoming") == "" {
+			close(q.loaded)
+		} else {
+			q.state = "inmigrate"
+		}
 		go q.bootGuest()
 	}
 	for {
@@ -116,8 +132,8 @@ func (q *fakeQEMU) bootGuest() {
 		return
 	}
 	<-time.After(q.faults.boot) // the time that the guest takes
-	g := &fakeGuest{faults: q.faults, trace: q.trace, off: func() { q.guestEnds("guest-shutdown", "") }}
-	if err := g.serve(q.port); err != nil && !errors.Is(err, net.ErrClosed) {
+	<-q.loaded
+	if err := q.guest.serve(q.port); err != nil && !errors.Is(err, net.ErrClosed) {
 		fmt.Fprintln(os.Stderr, "fake guest:", err)
 	}
 }
@@ -226,11 +242,100 @@ func (q *fakeQEMU) inventory() error {
 	return nil
 }
 
+// enter changes the run state.
+func (q *fakeQEMU) enter(state string) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.setState(state)
+}
+
+// setState is enter for who holds mu.
+func (q *fakeQEMU) setState(state string) {
+	q.state = state
+	close(q.resumed)
+	q.resumed = make(chan struct{})
+}
+
+// standStill waits while the processors are stopped.
+func (q *fakeQEMU) standStill() {
+	for {
+		q.mu.Lock()
+		state, resumed := q.state, q.resumed
+		q.mu.Unlock()
+		if state == "running" || state == "shutdown" {
+			return
+		}
+		<-resumed
+	}
+}
+
+// memory is what a saved state has beside the guest, more than a pipe takes at once.
+const memory = 300 << 10
+
+// migrate writes the guest's state, or reads it, and tells how it went. The test sees when it is half done.
+func (q *fakeQEMU) migrate(fd int, work func(*os.File) error, from, to string) {
+	q.setState(from)
+	was := map[bool]string{true: "inmigrate", false: "paused"}[from == "inmigrate"]
+	go func() {
+		f := os.NewFile(uintptr(fd), "state")
+		err := errors.Join(work(f), f.Close())
+		status := "completed"
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "fake qemu: migrate:", err)
+			status, to = "failed", was
+		}
+		q.mu.Lock()
+		q.saved = status
+		q.setState(to)
+		q.mu.Unlock()
+		q.event("MIGRATION", map[string]any{"status": status})
+	}()
+}
+
+func (q *fakeQEMU) saveState(to *os.File) error {
+	if _, err := to.Write(make([]byte, memory/2)); err != nil {
+		return err
+	}
+	q.trace("state", "half written")
+	const pieces = 300
+	for range pieces {
+		if _, err := to.Write(make([]byte, memory/2/pieces)); err != nil {
+			return err
+		}
+		<-time.After(q.faults.saving / pieces) // the fault itself
+	}
+	data, err := q.guest.save()
+	if err != nil {
+		return err
+	}
+	_, err = to.Write(data)
+	return err
+}
+
+func (q *fakeQEMU) loadState(from *os.File) error {
+	if _, err := io.ReadFull(from, make([]byte, memory/2)); err != nil {
+		return err
+	}
+	q.trace("state", "half read")
+	if _, err := io.ReadFull(from, make([]byte, memory/2)); err != nil {
+		return err
+	}
+	data, err := io.ReadAll(from)
+	if err != nil {
+		return err
+	}
+	if err := q.guest.load(data); err != nil {
+		return err
+	}
+	close(q.loaded)
+	return nil
+}
+
 // guestEnds is what QEMU does with -action reboot=shutdown,shutdown=pause.
 func (q *fakeQEMU) guestEnds(reason, console string) {
 	q.faults.hang()
 	q.mu.Lock()
-	q.state = "shutdown"
+	q.setState("shutdown")
 	q.console += console
 	q.mu.Unlock()
 	q.event("SHUTDOWN", map[string]any{"guest": true, "reason": reason})
@@ -250,6 +355,9 @@ func (q *fakeQEMU) command(line string) {
 		q.port.hangUp()
 	case "damage":
 		q.faults.damage()
+	case "stand":
+		q.enter(rest)
+		q.trace("state", rest)
 	case "exit":
 		os.Exit(3)
 	default:
@@ -390,6 +498,33 @@ func (q *fakeQEMU) execute(c qmpCommand) (any, error) {
 		time.AfterFunc(20*time.Millisecond, q.powerOff)
 		return nil, nil
 	case "qom-set": // how often the balloon tells its statistics
+		return nil, nil
+	case "query-kvm":
+		return map[string]any{"enabled": strings.HasPrefix(q.option("-accel"), "kvm"), "present": true}, nil
+	case "query-version":
+		return map[string]any{"qemu": map[string]int{"major": 7, "minor": 2, "micro": 0}}, nil
+	case "stop":
+		q.setState("paused")
+		return nil, nil
+	case "cont":
+		q.setState("running")
+		return nil, nil
+	case "migrate-set-capabilities", "migrate-set-parameters", "migrate_cancel":
+		return nil, nil
+	case "query-migrate":
+		return map[string]any{"status": q.saved}, nil
+	case "migrate", "migrate-incoming":
+		fd, ok := q.passed["state"]
+		if !ok {
+			return nil, errors.New("file descriptor named 'state' has not been found")
+		}
+		delete(q.passed, "state")
+		q.saved = "active"
+		if c.Execute == "migrate" {
+			q.migrate(fd, q.saveState, "finish-migrate", "postmigrate")
+		} else {
+			q.migrate(fd, q.loadState, "inmigrate", "paused")
+		}
 		return nil, nil
 	case "query-status":
 		return map[string]any{"status": q.state, "running": q.state == "running"}, nil
