@@ -34,6 +34,9 @@ const (
 	// drainPoll is how often it is looked whether the output of frozen containers has arrived.
 	drainPoll = 2 * time.Millisecond
 
+	// containerTimeout bounds the checkpoint of a container whose request has no timeout.
+	containerTimeout = 2 * time.Minute
+
 	// Streams of a checkpoint.
 	memoryStream  = "memory"
 	scratchStream = "scratch"
@@ -135,6 +138,42 @@ func (rt *Runtime) CheckpointPod(ctx context.Context, req *runtimeapi.Checkpoint
 	}
 	defer func() { err = errors.Join(err, w.Close()) }()
 	return &runtimeapi.CheckpointPodResponse{}, p.checkpoint(ctx, selected, w)
+}
+
+// CheckpointContainer writes the pod of a container that is the only one running in it into one file, as CheckpointPod does into a
+// directory.
+func (rt *Runtime) CheckpointContainer(ctx context.Context, req *runtimeapi.CheckpointContainerRequest) (_ *runtimeapi.CheckpointContainerResponse, err error) {
+	c, err := rt.containerByID(req.GetContainerId())
+	if err != nil {
+		return nil, err
+	}
+	limit := containerTimeout
+	if req.GetTimeout() < 0 || req.GetTimeout() > int64(24*time.Hour/time.Second) {
+		return nil, fmt.Errorf("timeout is %d; it has to be in seconds, up to a day, or 0 for %s: %w", req.GetTimeout(), containerTimeout, errdefs.ErrInvalidArgument)
+	} else if req.GetTimeout() > 0 {
+		limit = time.Duration(req.GetTimeout()) * time.Second
+	}
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	if err := errors.Join(c.alone(), c.pod.checkSelected([]*container{c})); err != nil {
+		return nil, err
+	}
+	w, err := archive.CreateTar("location", req.GetLocation())
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, w.Close()) }()
+	return &runtimeapi.CheckpointContainerResponse{}, c.pod.checkpoint(ctx, []*container{c}, w)
+}
+
+// alone refuses a container beside which others run: what is saved is the VM.
+func (c *container) alone() error {
+	for _, other := range c.rt.containersOf(c.pod.id) {
+		if other != c && other.rec.Status().running() {
+			return fmt.Errorf("container %s runs in the same VM, and a VM is saved with all that runs in it; checkpoint the pod %s, with CheckpointPod: %w", other.id, c.pod.id, errdefs.ErrFailedPrecondition)
+		}
+	}
+	return nil
 }
 
 // selected are the containers of the request, which have to be all that run.

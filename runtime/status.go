@@ -92,11 +92,6 @@ func notBuilt(what string) error {
 	return fmt.Errorf("%s of VM pods is not built yet: %w", what, errdefs.ErrNotImplemented)
 }
 
-// CheckpointContainer is not built yet.
-func (rt *Runtime) CheckpointContainer(context.Context, *runtimeapi.CheckpointContainerRequest) (*runtimeapi.CheckpointContainerResponse, error) {
-	return nil, notBuilt("checkpointing containers")
-}
-
 // UpdatePodSandboxResources is not built yet: the size of a VM does not change while it runs.
 func (rt *Runtime) UpdatePodSandboxResources(context.Context, *runtimeapi.UpdatePodSandboxResourcesRequest) (*runtimeapi.UpdatePodSandboxResourcesResponse, error) {
 	return nil, notBuilt("changing the size")

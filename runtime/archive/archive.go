@@ -5,6 +5,8 @@
 //	DIR/manifest.json     what the caller tells, and the list of the streams
 //	DIR/manifest.sha256   the manifest's hash; it is written last
 //
+// Where one file is asked for, it is a tar archive of the same files, which is read after it was unpacked.
+//
 // The directory is opened once, without following links, and everything in it is reached through that descriptor.
 package archive
 
@@ -67,6 +69,7 @@ func openDir(field, path string) (*os.Root, error) {
 // Writer writes one archive. Close it in every case; what is not finished then is removed.
 type Writer struct {
 	root     *os.Root
+	tar      *tarFile // nil for a directory
 	made     []string
 	files    []file
 	finished bool
@@ -97,18 +100,34 @@ func Create(field, path string) (*Writer, error) {
 // Stream writes one stream as fill does. It ends with ctx.
 func (w *Writer) Stream(ctx context.Context, name string, fill func(io.Writer) error) error {
 	name += suffix
+	sum, size := sha256.New(), counter(0)
+	err := w.member(name, func(to io.Writer) error {
+		return compressed(&contextWriter{ctx: ctx, w: io.MultiWriter(to, sum, &size)}, fill)
+	})
+	if err != nil {
+		return fmt.Errorf("write %s: %w", name, err)
+	}
+	w.files = append(w.files, file{Name: name, Size: int64(size), SHA256: hex.EncodeToString(sum.Sum(nil))})
+	return nil
+}
+
+type counter int64
+
+func (c *counter) Write(p []byte) (int, error) {
+	*c += counter(len(p))
+	return len(p), nil
+}
+
+// member writes one file of the archive.
+func (w *Writer) member(name string, fill func(io.Writer) error) error {
+	if w.tar != nil {
+		return w.tar.member(name, fill)
+	}
 	f, err := w.create(name)
 	if err != nil {
 		return err
 	}
-	sum := sha256.New()
-	err = compressed(&contextWriter{ctx: ctx, w: io.MultiWriter(f, sum)}, fill)
-	info, statErr := f.Stat()
-	if err = errors.Join(err, statErr, f.Sync(), f.Close()); err != nil {
-		return fmt.Errorf("write %s: %w", name, err)
-	}
-	w.files = append(w.files, file{Name: name, Size: info.Size(), SHA256: hex.EncodeToString(sum.Sum(nil))})
-	return nil
+	return errors.Join(fill(f), f.Sync(), f.Close())
 }
 
 func compressed(to io.Writer, fill func(io.Writer) error) error {
@@ -140,12 +159,10 @@ func (w *Writer) create(name string) (*os.File, error) {
 }
 
 func (w *Writer) whole(name string, data []byte) error {
-	f, err := w.create(name)
-	if err != nil {
+	return w.member(name, func(to io.Writer) error {
+		_, err := to.Write(data)
 		return err
-	}
-	_, err = f.Write(data)
-	return errors.Join(err, f.Sync(), f.Close())
+	})
 }
 
 // Finish writes the manifest. The archive is durable when it returns.
@@ -167,6 +184,11 @@ func (w *Writer) Finish(content any) error {
 }
 
 func (w *Writer) sync() error {
+	if w.tar != nil {
+		if err := w.tar.end(); err != nil {
+			return err
+		}
+	}
 	dir, err := w.root.Open(".")
 	if err != nil {
 		return err
@@ -177,6 +199,9 @@ func (w *Writer) sync() error {
 // Close removes what was written, unless it was finished. The directory stays.
 func (w *Writer) Close() error {
 	var errs []error
+	if w.tar != nil {
+		errs = append(errs, w.tar.f.Close())
+	}
 	if !w.finished {
 		for _, name := range w.made {
 			errs = append(errs, w.root.Remove(name))

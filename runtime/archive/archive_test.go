@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -400,6 +401,67 @@ func TestUnfinishedLeavesNothing(t *testing.T) {
 				t.Errorf("left are %q", left)
 			}
 		})
+	}
+}
+
+// An archive that is one file is a tar archive of the same files.
+func TestTar(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "it.tar")
+	w, err := CreateTar("location", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx := context.Background()
+	if err := errors.Join(
+		w.Stream(ctx, "text", func(to io.Writer) error { _, err := io.WriteString(to, strings.Repeat("text", 1000)); return err }),
+		w.Stream(ctx, "empty", func(io.Writer) error { return nil }),
+		w.Finish(content{"it"}), w.Close(),
+	); err != nil {
+		t.Fatal(err)
+	}
+	if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o600 || info.Size()%block != 0 {
+		t.Errorf("the file is %v (%v), want mode 0600 and whole blocks", info, err)
+	}
+	to := t.TempDir()
+	if out, err := exec.Command("tar", "-xf", path, "-C", to).CombinedOutput(); err != nil || len(out) > 0 {
+		t.Fatalf("tar: %v\n%s", err, out)
+	}
+	r, c, err := open(to)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	if c.Name != "it" {
+		t.Errorf("the content is %+v", c)
+	}
+	if err := r.Stream("text", func(from io.Reader) error {
+		text, err := io.ReadAll(from)
+		if len(text) != 4000 {
+			t.Errorf("the text has %d bytes", len(text))
+		}
+		return err
+	}); err != nil {
+		t.Error(err)
+	}
+	if _, err := CreateTar("location", path); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "exists") {
+		t.Errorf("once more in the same place: %v", err)
+	}
+	for _, bad := range []string{"", "it.tar", filepath.Join(dir, "gone", "it.tar"), dir + "/"} {
+		if w, err := CreateTar("location", bad); err == nil {
+			t.Errorf("%q was made", bad)
+			_ = w.Close()
+		}
+	}
+	w, err = CreateTar("location", filepath.Join(dir, "unfinished"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(w.Stream(ctx, "empty", func(io.Writer) error { return nil }), w.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if left := names(t, dir); !slices.Equal(left, []string{"it.tar"}) {
+		t.Errorf("left are %q", left)
 	}
 }
 

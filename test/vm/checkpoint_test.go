@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -355,4 +356,70 @@ func TestCheckpointDaemonKilled(t *testing.T) {
 	_, err := b.tryRestore(ctx, dir, b.podConfig(t), proto.CloneOf(count.cfg))
 	refused(t, err, codes.InvalidArgument, "damaged")
 	p.checkpoint(count)
+}
+
+// The only container of a pod is checkpointed into one file, of which its pod can be made again.
+func TestCheckpointContainer(t *testing.T) {
+	ctx, b := use(t)
+	p := b.vmPod(ctx, t)
+	c := p.start(counter("count")).ready(" 100\n")
+	file := filepath.Join(t.TempDir(), "count.tar")
+	call := func(location string, timeout int64) error {
+		_, err := b.rt.CheckpointContainer(ctx, &runtimeapi.CheckpointContainerRequest{ContainerId: c.id, Location: location, Timeout: timeout})
+		return err
+	}
+	refused(t, call("count.tar", 0), codes.InvalidArgument, "location", "absolute")
+	refused(t, call(filepath.Join(file, "count.tar"), 0), codes.InvalidArgument, "location", "existing directory")
+	refused(t, call(file, -1), codes.InvalidArgument, "timeout is -1")
+	if err := call(file, 90); err != nil {
+		t.Fatal(err)
+	}
+	refused(t, call(file, 0), codes.FailedPrecondition, "exists")
+	at := len(c.numbers())
+	p.until("the container goes on", func() bool { return len(c.numbers()) > at+100 })
+	another := p.start(idle("another"))
+	refused(t, call(file+".2", 0), codes.FailedPrecondition, another.id, "CheckpointPod")
+	another.stop(0)
+	dir := t.TempDir()
+	if out, err := exec.Command("tar", "-xf", file, "-C", dir).CombinedOutput(); err != nil {
+		t.Fatalf("tar: %v\n%s", err, out)
+	}
+	r, ctrs := b.restore(ctx, t, dir, b.podConfig(t, func(c *runtimeapi.PodSandboxConfig) { c.Metadata.Name += "-restored" }), proto.CloneOf(c.cfg))
+	ctrs[0].start()
+	r.until("the restored container goes on", func() bool { return len(ctrs[0].numbers()) > 100 })
+	consecutive(t, "restored", ctrs[0].numbers())
+	c.stop(0)
+	refused(t, call(file+".2", 0), codes.FailedPrecondition, "not running")
+	if left, err := filepath.Glob(filepath.Join(filepath.Dir(file), "*")); err != nil || !slices.Equal(left, []string{file}) {
+		t.Errorf("left are %q (%v), want the one file", left, err)
+	}
+}
+
+// A checkpoint is restored by another node that has the images, and by its own after a reboot.
+func TestRestoreElsewhere(t *testing.T) {
+	ctx, b := use(t)
+	p := b.vmPod(ctx, t)
+	c := p.start(counter("count")).ready(" 100\n")
+	const say = "touch /dev/shm/say; while [ ! -s /said ]; do sleep 0.1; done; cat /written; cut -d' ' -f1 /said; rm /said"
+	dir := p.checkpoint(c)
+	want := strings.TrimSuffix(c.sh(say), "\n")
+	qemu := p.verboseInfo().Guest.QEMU.PID
+	b.crash(t)
+	kill(t, qemu)
+	emptyState(t, filepath.Join(b.Root, "run", "s"))
+	b.again(ctx, t)
+	before := c.numbers()
+	p.remove()
+	_, other := another(t)
+	for what, b := range map[string]*bed{"after the reboot": b, "on another node": other} {
+		r, ctrs := b.restore(ctx, t, dir, b.podConfig(t), proto.CloneOf(c.cfg))
+		ctrs[0].start()
+		r.until("the restored container goes on "+what, func() bool { return len(ctrs[0].numbers()) > 100 })
+		numbers := ctrs[0].numbers()
+		consecutive(t, what, numbers)
+		if !slices.Contains(before, numbers[0]-1) {
+			t.Errorf("%s the log begins with %d", what, numbers[0])
+		}
+		ctrs[0].expect(say, want)
+	}
 }

@@ -61,12 +61,7 @@ func TestStatus(t *testing.T) {
 func TestNotBuilt(t *testing.T) {
 	ctx, b := use(t)
 	p := b.vmPod(ctx, t)
-	c := p.create(idle("c"))
 	calls := map[string]func() error{
-		"CheckpointContainer": func() error {
-			_, err := b.rt.CheckpointContainer(ctx, &runtimeapi.CheckpointContainerRequest{ContainerId: c.id, Location: "/nowhere"})
-			return err
-		},
 		"UpdatePodSandboxResources": func() error {
 			_, err := b.rt.UpdatePodSandboxResources(ctx, &runtimeapi.UpdatePodSandboxResourcesRequest{PodSandboxId: p.id})
 			return err

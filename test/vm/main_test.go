@@ -201,6 +201,12 @@ func use(t *testing.T) (context.Context, *bed) {
 		t.Skip(noBed)
 	}
 	t.Parallel()
+	return another(t)
+}
+
+// another is use for a test's second node. Only one test may want it: two would wait for one another.
+func another(t *testing.T) (context.Context, *bed) {
+	t.Helper()
 	b := beds.take(t)
 	ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
 	from := fileSize(b.LogFile("vmruntime"))
