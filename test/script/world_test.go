@@ -22,7 +22,7 @@ import (
 // callTimeout bounds one call of the CRI, waitTimeout the wait for a condition.
 const (
 	callTimeout = 40 * time.Second
-	waitTimeout = 20 * time.Second
+	waitTimeout = time.Minute
 )
 
 // world is the kubelet's side of one test: a daemon, and pods and containers by names of its own.

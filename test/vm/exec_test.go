@@ -45,7 +45,7 @@ func TestExecSync(t *testing.T) {
 	began := time.Now()
 	_, err = c.execSync(2, "sh", "-c", "sleep 7777 & sleep 8888")
 	refused(t, err, codes.DeadlineExceeded, "timeout of 2 s")
-	if took := time.Since(began); took < 2*time.Second || took > 15*time.Second {
+	if took := time.Since(began); took < 2*time.Second || took > time.Minute {
 		t.Errorf("the timeout of 2 s took %s", took)
 	}
 	c.until("the guest has ended what was timed out", func() bool {

@@ -205,7 +205,7 @@ func (p *pod) until(what string, holds func() bool) {
 
 func until(ctx context.Context, t *testing.T, what string, holds func() bool) {
 	t.Helper()
-	untilWithin(ctx, t, 60*time.Second, what, holds)
+	untilWithin(ctx, t, 2*time.Minute, what, holds)
 }
 
 // untilWithin is until for what takes longer.

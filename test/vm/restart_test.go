@@ -172,8 +172,8 @@ func TestQEMUKilled(t *testing.T) {
 			break
 		}
 	}
-	if took := time.Since(began); took > time.Second {
-		t.Errorf("the event of the container's end came %s after QEMU's, want at most 1s", took)
+	if took := time.Since(began); took > 5*time.Second { // one, on a machine that has nothing else to do
+		t.Errorf("the event of the container's end came %s after QEMU's, want it at once", took)
 	}
 	s := c.status()
 	if s.GetState() != runtimeapi.ContainerState_CONTAINER_EXITED || s.GetExitCode() != 137 || s.GetReason() != "VMFailed" || s.GetMessage() == "" {
