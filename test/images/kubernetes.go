@@ -53,13 +53,28 @@ func addKubernetes(d *debs, all map[string]v1.Image) error {
 	return buildAll(map[string]func() (v1.Image, error){
 		Agnhost:                        func() (v1.Image, error) { return d.agnhost(base) },
 		e2ePrefix + "agnhost:2.55":     func() (v1.Image, error) { return d.agnhost(base) },
-		e2ePrefix + "busybox:1.37.0-1": func() (v1.Image, error) { return image(shell, base) },
+		e2ePrefix + "busybox:1.37.0-1": func() (v1.Image, error) { return d.busyboxWithBash(base) },
 		e2ePrefix + "nginx:1.15-4":     func() (v1.Image, error) { return d.nginx(base, 80) },
 		e2ePrefix + "nginx:1.27-0":     func() (v1.Image, error) { return d.nginx(base, 80) },
 		e2ePrefix + "nonewprivs:1.4":   func() (v1.Image, error) { return goImage("euid", "/euid", 0o4755, v1.Config{}) },
 		e2ePrefix + "nonroot:1.5":      func() (v1.Image, error) { return image(v1.Config{User: "1234", Cmd: shell.Cmd}, base) },
 		"registry.k8s.io/pause:3.10.2": func() (v1.Image, error) { return goImage("pause", "/pause", 0o755, v1.Config{}) },
 	}, all)
+}
+
+// busyboxWithBash has bash as its sh: Debian's busybox drops names that a shell cannot assign to from the environment,
+// such as "data-1", and the tests look for them.
+func (d *debs) busyboxWithBash(base v1.Layer) (v1.Image, error) {
+	fs := tree{}
+	if err := d.copyTo(fs, "bin/bash"); err != nil {
+		return nil, err
+	}
+	fs.link("bin/sh", "bash")
+	layer, err := fs.layer()
+	if err != nil {
+		return nil, err
+	}
+	return image(v1.Config{Cmd: []string{"sh"}}, base, layer)
 }
 
 // agnhost is the program with what its tests run beside it.
