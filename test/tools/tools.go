@@ -298,7 +298,7 @@ func (s Set) compile(out, version string) error {
 	if s.Test == "" {
 		return nil
 	}
-	args := append([]string{"test", "-c", "-trimpath", "-o", filepath.Join(out, path.Base(s.Test))}, flags...)
+	args := append([]string{"test", "-c", "-vet=off", "-trimpath", "-o", filepath.Join(out, path.Base(s.Test))}, flags...)
 	return s.goCommand(append(args, path.Join(s.Module, s.Test))...)
 }
 
