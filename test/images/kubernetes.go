@@ -5,6 +5,7 @@ import (
 	"maps"
 	"net/http"
 	"os"
+	"path"
 	"path/filepath"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -53,7 +54,7 @@ func addKubernetes(d *debs, all map[string]v1.Image) error {
 	return buildAll(map[string]func() (v1.Image, error){
 		Agnhost:                        func() (v1.Image, error) { return d.agnhost(base) },
 		e2ePrefix + "agnhost:2.55":     func() (v1.Image, error) { return d.agnhost(base) },
-		e2ePrefix + "busybox:1.37.0-1": func() (v1.Image, error) { return d.busyboxWithBash(base) },
+		e2ePrefix + "busybox:1.37.0-1": func() (v1.Image, error) { return d.e2eBusybox(base) },
 		e2ePrefix + "nginx:1.15-4":     func() (v1.Image, error) { return d.nginx(base, 80) },
 		e2ePrefix + "nginx:1.27-0":     func() (v1.Image, error) { return d.nginx(base, 80) },
 		e2ePrefix + "nonewprivs:1.4":   func() (v1.Image, error) { return goImage("euid", "/euid", 0o4755, v1.Config{}) },
@@ -62,12 +63,21 @@ func addKubernetes(d *debs, all map[string]v1.Image) error {
 	}, all)
 }
 
-// busyboxWithBash has bash as its sh: Debian's busybox drops names that a shell cannot assign to from the environment,
-// such as "data-1", and the tests look for them.
-func (d *debs) busyboxWithBash(base v1.Layer) (v1.Image, error) {
+// e2eBusybox is as Kubernetes' image of busybox where its tests notice: all programs are in /bin, and sh keeps names in
+// the environment that a shell cannot assign to, such as "data-1", which Debian's busybox drops and bash does not.
+func (d *debs) e2eBusybox(base v1.Layer) (v1.Image, error) {
 	fs := tree{}
 	if err := d.copyTo(fs, "bin/bash"); err != nil {
 		return nil, err
+	}
+	applets, err := appletNames(d.files["bin/busybox"].data)
+	if err != nil {
+		return nil, err
+	}
+	for _, applet := range applets {
+		if path.Dir(applet) != "bin" {
+			fs.link("bin/"+path.Base(applet), "busybox")
+		}
 	}
 	fs.link("bin/sh", "bash")
 	layer, err := fs.layer()
