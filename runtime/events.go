@@ -95,9 +95,7 @@ func (rt *Runtime) event(p *pod, id string, kind runtimeapi.ContainerEventType) 
 		ContainerEventType: kind,
 		CreatedAt:          time.Now().UnixNano(),
 		PodSandboxStatus:   p.criStatus(),
-	}
-	for _, c := range rt.containersOf(p.id) {
-		ev.ContainersStatuses = append(ev.ContainersStatuses, c.criStatus())
+		ContainersStatuses: p.containerStatuses(),
 	}
 	rt.events.publish(ev)
 }

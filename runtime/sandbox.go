@@ -1,10 +1,12 @@
 package runtime
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -204,13 +206,22 @@ func (rt *Runtime) PodSandboxStatus(_ context.Context, req *runtimeapi.PodSandbo
 		return nil, err
 	}
 	resp := &runtimeapi.PodSandboxStatusResponse{Status: p.criStatus(), Timestamp: time.Now().UnixNano()}
-	for _, c := range rt.containersOf(p.id) {
-		resp.ContainersStatuses = append(resp.ContainersStatuses, c.criStatus())
-	}
+	resp.ContainersStatuses = p.containerStatuses()
 	if req.GetVerbose() {
 		resp.Info, err = p.verbose()
 	}
 	return resp, err
+}
+
+// containerStatuses are those of the pod's containers, the newest first: a kubelet with the feature EventedPLEG does not sort them, and takes
+// the first of a name for the one that counts.
+func (p *pod) containerStatuses() []*runtimeapi.ContainerStatus {
+	var out []*runtimeapi.ContainerStatus
+	for _, c := range p.rt.containersOf(p.id) {
+		out = append(out, c.criStatus())
+	}
+	slices.SortFunc(out, func(a, b *runtimeapi.ContainerStatus) int { return cmp.Compare(b.GetCreatedAt(), a.GetCreatedAt()) })
+	return out
 }
 
 func (p *pod) criStatus() *runtimeapi.PodSandboxStatus {

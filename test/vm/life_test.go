@@ -58,6 +58,7 @@ func TestLife(t *testing.T) {
 
 	// The name is free again; removing a container that runs ends it.
 	again := p.start(idle("one"))
+	checkNewestFirst(t, p, again, two)
 	again.remove()
 
 	// RemovePodSandbox takes the running container with it.
@@ -67,6 +68,20 @@ func TestLife(t *testing.T) {
 	refused(t, err, codes.NotFound)
 	_, err = b.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: two.id})
 	refused(t, err, codes.NotFound)
+}
+
+// checkNewestFirst has the pod's status tell of its containers in an order, always.
+func checkNewestFirst(t *testing.T, p *pod, want ...*ctr) {
+	t.Helper()
+	for range 20 {
+		resp, err := p.rt.PodSandboxStatus(p.ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: p.id})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !slices.EqualFunc(resp.GetContainersStatuses(), want, func(s *runtimeapi.ContainerStatus, c *ctr) bool { return s.GetId() == c.id }) {
+			t.Fatalf("the pod's containers are told as %v, want the newest first", resp.GetContainersStatuses())
+		}
+	}
 }
 
 func checkPodStatus(t *testing.T, p *pod, began time.Time) {
