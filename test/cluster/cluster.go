@@ -52,6 +52,7 @@ type Cluster struct {
 	tools   map[string]string // set name to directory
 	proxy   *proxy
 	daemons map[string]*node.Daemon
+	gates   []string // features of the kubelet that a test turned on
 	config  *rest.Config
 	client  kubernetes.Interface
 }

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -66,7 +67,7 @@ func (c *Cluster) apiserverArgs() []string {
 		"--service-account-key-file=" + pki("service-account.crt"), "--service-account-signing-key-file=" + pki("service-account.key"),
 		"--requestheader-client-ca-file=" + pki("ca.crt"), "--requestheader-allowed-names=front-proxy",
 		"--requestheader-username-headers=X-Remote-User", "--requestheader-group-headers=X-Remote-Group",
-		"--requestheader-extra-headers-prefix=X-Remote-Extra-",
+		"--requestheader-extra-headers-prefix=X-Remote-Extra-", "--feature-gates=" + stopSignals,
 		"--proxy-client-cert-file=" + pki("front-proxy.crt"), "--proxy-client-key-file=" + pki("front-proxy.key"),
 	}
 }
@@ -81,8 +82,12 @@ func (c *Cluster) controllerArgs() []string {
 	}
 }
 
+// stopSignals lets containers say by which signal they are stopped.
+const stopSignals = "ContainerStopSignals=true"
+
 func (c *Cluster) kubeletArgs() []string {
 	return []string{
+		"--feature-gates=" + strings.Join(append([]string{stopSignals}, c.gates...), ","),
 		"--config=" + c.path("kubelet.yaml"), "--kubeconfig=" + c.path("kubelet.conf"), "--root-dir=" + c.kubeletRoot(),
 		"--hostname-override=" + NodeName, "--node-ip=" + nodeIPv4 + "," + nodeIPv6, "--node-labels=vmruntime.io/ready=true", "--v=2",
 	}
@@ -237,6 +242,12 @@ func (c *Cluster) restart(ctx context.Context, name string) error {
 
 // RestartKubelet ends the kubelet and starts it again. Pods go on.
 func (c *Cluster) RestartKubelet(ctx context.Context) error { return c.restart(ctx, "kubelet") }
+
+// SetKubeletFeatures restarts the kubelet with feature gates ("Name=true") besides those that the cluster's kubelet always has.
+func (c *Cluster) SetKubeletFeatures(ctx context.Context, gates ...string) error {
+	c.gates = gates
+	return c.RestartKubelet(ctx)
+}
 
 // RestartVMRuntime ends vmruntime with SIGTERM and starts it again. Pods go on.
 func (c *Cluster) RestartVMRuntime(ctx context.Context) error {

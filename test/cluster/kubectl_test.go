@@ -334,10 +334,32 @@ func TestDescribeEventsAndStats(t *testing.T) {
 			return err
 		})
 		n.await(t, "statistics of the pod", func() error { return hasStatistics(n, "p", "main") })
+		n.await(t, "the metrics from which kubectl top has its figures", func() error {
+			return hasMetrics(n, "resource", "p", "container_cpu_usage_seconds_total", "container_memory_working_set_bytes",
+				"container_start_time_seconds", "pod_cpu_usage_seconds_total", "pod_memory_working_set_bytes")
+		})
 	})
 }
 
-// hasStatistics asks the kubelet's summary, from which kubectl top has its figures, for a container.
+// hasMetrics asks one of the kubelet's pages of metrics for a pod and its container `main`; none may be zero.
+func hasMetrics(n *namespace, page, pod string, names ...string) error {
+	out, err := n.Kubectl(n.ctx, "get", "--raw", "/api/v1/nodes/"+cluster.NodeName+"/proxy/metrics/"+page)
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		of := fmt.Sprintf("namespace=%q.*pod=%q", n.name, pod)
+		if strings.HasPrefix(name, "container_") {
+			of = `container="main".*` + of
+		}
+		if !regexp.MustCompile(`(?m)^` + name + `\{[^}]*` + of + `[^}]*\} [0-9.e+]*[1-9]`).MatchString(out) {
+			return fmt.Errorf("/metrics/%s has no %s of pod %s", page, name, pod)
+		}
+	}
+	return nil
+}
+
+// hasStatistics asks the kubelet's summary for a container.
 func hasStatistics(n *namespace, pod, container string) error {
 	type usage struct {
 		CPU    struct{ UsageCoreNanoSeconds uint64 }

@@ -1,6 +1,7 @@
 package cluster_test
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -9,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
@@ -95,7 +97,7 @@ containers:
   args: [netexec]
   startupProbe: {exec: {command: [sh, -c, "touch /tmp/probed"]}, timeoutSeconds: 30, failureThreshold: 100}
   readinessProbe: {httpGet: {path: /, port: 8080}, timeoutSeconds: 30}
-  livenessProbe: {tcpSocket: {port: 8080}, periodSeconds: 1, timeoutSeconds: 30}
+  livenessProbe: {tcpSocket: {port: 8080}, periodSeconds: 1, timeoutSeconds: 30, failureThreshold: 100} # the startup probe does not wait for the server
 - name: grpc
   image: AGNHOST
   args: [grpc-health-checking, --http-port=8082]
@@ -195,6 +197,140 @@ containers:
 			t.Errorf("its neighbour prints %q", out)
 		}
 	})
+}
+
+// A container is stopped with the signal that it asks for, and its status tells which one that is.
+func TestStopSignals(t *testing.T) {
+	eachRuntime(t, func(t *testing.T, n *namespace) {
+		dir := t.TempDir()
+		pod := n.run(t, "p", strings.ReplaceAll(`
+os: {name: linux}
+terminationGracePeriodSeconds: 300
+containers:
+- &c
+  name: own
+  image: BUSYBOX
+  command: [sh, -c, "for s in TERM USR1; do trap \"echo $s >/d/$NAME; exit\" $s; done; echo ready; while :; do sleep 0.2; done"]
+  env: [{name: NAME, value: own}]
+  lifecycle: {stopSignal: SIGUSR1}
+  volumeMounts: [{name: d, mountPath: /d}]
+- {<<: *c, name: usual, env: [{name: NAME, value: usual}], lifecycle: null}
+volumes: [{name: d, hostPath: {path: DIR, type: Directory}}]`, "DIR", dir))
+		n.awaitLogs(t, "p", "own", "ready")
+		n.awaitLogs(t, "p", "usual", "ready")
+		n.kubectl(t, "delete", "pod", "p")
+		for container, want := range map[string]corev1.Signal{"own": "SIGUSR1", "usual": "SIGTERM"} {
+			if got := status(t, pod, container).StopSignal; got == nil || *got != want {
+				t.Errorf("the status of %s says that its stop signal is %v, want %s", container, got, want)
+			}
+			got, err := os.ReadFile(filepath.Join(dir, container))
+			if "SIG"+strings.TrimSpace(string(got)) != string(want) {
+				t.Errorf("container %s was stopped with %q (%v), want %s", container, got, err, want)
+			}
+		}
+	})
+}
+
+// A process that dies on the node, a container's first or a VM's QEMU, is told as it was, and the pod goes on by its policy.
+func TestKilledOnNode(t *testing.T) {
+	eachRuntime(t, func(t *testing.T, n *namespace) {
+		for _, policy := range []string{"Always", "Never"} {
+			name := strings.ToLower(policy)
+			pod := n.run(t, name, "restartPolicy: "+policy+sleeper)
+			if err := syscall.Kill(n.nodePID(t, pod), syscall.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+			ended := func(p *corev1.Pod) *corev1.ContainerStateTerminated {
+				if policy == "Never" {
+					return status(t, p, "main").State.Terminated
+				}
+				return status(t, p, "main").LastTerminationState.Terminated
+			}
+			after := n.awaitPod(t, name, "have ended, and go on if it is to", func(p *corev1.Pod) bool {
+				return ended(p) != nil && ready(p) == (policy == "Always")
+			})
+			want := corev1.ContainerStateTerminated{ExitCode: 137, Reason: "Error"}
+			if n.vm {
+				want.Reason = "VMFailed"
+			}
+			if got := ended(after); got.ExitCode != want.ExitCode || got.Reason != want.Reason || n.vm && got.Message == "" {
+				t.Errorf("with restartPolicy %s the container ended with %v, want %v", policy, got, want)
+			}
+			if policy == "Always" && after.Status.PodIP != pod.Status.PodIP {
+				t.Errorf("the pod had the address %s and has %s", pod.Status.PodIP, after.Status.PodIP)
+			}
+		}
+	})
+}
+
+// nodePID is the process on the node by which a pod lives: QEMU, or the first of the container `main`.
+func (n *namespace) nodePID(t *testing.T, pod *corev1.Pod) int {
+	t.Helper()
+	_, id, _ := strings.Cut(status(t, pod, "main").ContainerID, "://")
+	args := []string{"inspect", id}
+	if n.vm {
+		sandboxes, err := n.Node().Crictl(n.ctx, "pods", "-q", "--no-trunc", "--namespace", n.name, "--name", "^"+pod.Name+"$")
+		if err != nil {
+			t.Fatal(err)
+		}
+		args = []string{"inspectp", strings.TrimSpace(sandboxes)}
+	}
+	out, err := n.Node().Crictl(n.ctx, args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var told struct {
+		Info struct {
+			PID   int
+			Guest struct{ QEMU struct{ PID int } }
+		}
+	}
+	if err := json.Unmarshal([]byte(out), &told); err != nil {
+		t.Fatalf("crictl inspect: %v, %s", err, out)
+	}
+	pid := max(told.Info.PID, told.Info.Guest.QEMU.PID)
+	if pid <= 1 {
+		t.Fatalf("crictl inspect names no process: %s", out)
+	}
+	return pid
+}
+
+// A VM that takes more memory than its pod has, because the RuntimeClass tells too little overhead, is killed by the node's
+// kernel: its containers say so and start again, and nothing else on the node is touched.
+func TestVMOutOfMemory(t *testing.T) {
+	t.Parallel()
+	n := newNamespace(t, true)
+	n.apply(t, `
+apiVersion: node.k8s.io/v1
+kind: RuntimeClass
+metadata: {name: NAMESPACE}
+handler: vm
+overhead: {podFixed: {memory: 64Mi}}`)
+	t.Cleanup(func() { kubectl(n.ctx, t, n.Cluster, "delete", "runtimeclass", n.name) })
+	n.vm = false
+	n.run(t, "neighbor", sleeper)
+	n.create(t, "p", strings.ReplaceAll(`
+runtimeClassName: NAMESPACE
+restartPolicy: OnFailure
+containers:
+- name: main
+  image: BUSYBOX
+  command: [sh, -c, "[ -e /d/again ] || { touch /d/again; dd if=/dev/zero of=/dev/null bs=220M count=1; }; sleep 1000000"]
+  resources: {limits: {memory: 256Mi}}
+  volumeMounts: [{name: d, mountPath: /d}]
+volumes: [{name: d, emptyDir: {}}]`, "NAMESPACE", n.name))
+	pod := n.awaitPod(t, "p", "run again", func(p *corev1.Pod) bool { return ready(p) && status(t, p, "main").RestartCount > 0 })
+	got := status(t, pod, "main")
+	if end := got.LastTerminationState.Terminated; got.RestartCount != 1 || end == nil || end.Reason != "OOMKilled" || end.ExitCode != 137 ||
+		!strings.Contains(end.Message, "RuntimeClass") {
+		t.Errorf("the pod whose VM had no memory: %s, last %v", describe(pod), end)
+	}
+	if neighbor := n.awaitPod(t, "neighbor", "be ready", ready); status(t, neighbor, "main").RestartCount != 0 || n.exec(t, "neighbor", "echo lives") != "lives" {
+		t.Errorf("its neighbor: %s", describe(neighbor))
+	}
+	if node := n.kubectl(t, "get", "node", cluster.NodeName, "-o", `jsonpath={range .status.conditions[*]}{.type}={.status} {end}`); !strings.Contains(node, "MemoryPressure=False") || !strings.Contains(node, "Ready=True") {
+		t.Errorf("the node is %s", node)
+	}
 }
 
 // A file in the kubelet's directory is a pod; the pod goes with the file.

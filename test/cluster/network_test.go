@@ -1,6 +1,7 @@
 package cluster_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -18,6 +19,11 @@ containers:
   args: [netexec]
   ports: [{containerPort: 8080, hostPort: HOSTPORT}]
   readinessProbe: {httpGet: {port: 8080}}`
+
+// agnhostSleeper is a pod with curl that does nothing.
+const agnhostSleeper = `
+containers:
+- {name: main, image: AGNHOST, args: [pause]}`
 
 // A pod is reached by its own addresses of both families, by those of Services, by names and by a port of the node,
 // from a pod of each kind; what the node filters at the pod's link does not arrive.
@@ -57,7 +63,7 @@ spec: {selector: {app: web}, ports: [{port: 80, targetPort: 8080}], type: NodePo
 		for _, vm := range []bool{false, true} {
 			client := &namespace{Cluster: n.Cluster, ctx: n.ctx, name: n.name, vm: vm}
 			pod := fmt.Sprintf("client-%t", vm)
-			client.run(t, pod, strings.Replace(sleeper, "BUSYBOX, command: [sleep, \"1000000\"]", "AGNHOST, args: [pause]", 1))
+			client.run(t, pod, agnhostSleeper)
 			for _, target := range targets {
 				n.awaitOutput(t, pod, "curl -s -g -m 20 http://"+target+"/hostname", "web")
 			}
@@ -82,6 +88,53 @@ func filtered(t *testing.T, n *namespace, web *corev1.Pod) {
 	n.awaitOutput(t, "client-true", visit, "refused")
 	rule(n.ctx, "-D")
 	n.awaitOutput(t, "client-true", visit, "reached")
+}
+
+// A pod that ends behind a Service finishes what it has begun, while new visits go to another.
+func TestDraining(t *testing.T) {
+	eachRuntime(t, func(t *testing.T, n *namespace) {
+		n.apply(t, `
+apiVersion: v1
+kind: Service
+metadata: {name: web}
+spec: {selector: {serves: "yes"}, ports: [{port: 80, targetPort: 8080}]}`)
+		for _, name := range []string{"old", "new"} {
+			n.create(t, name, `
+terminationGracePeriodSeconds: 1200
+containers:
+- name: web
+  image: AGNHOST
+  args: [netexec]
+  readinessProbe: {httpGet: {port: 8080}}
+  lifecycle: {preStop: {exec: {command: [sh, -c, "until [ -e /tmp/drained ]; do sleep 0.2; done"]}}}`)
+		}
+		n.create(t, "client", agnhostSleeper)
+		for _, name := range []string{"old", "new", "client"} {
+			n.awaitPod(t, name, "be ready", ready)
+		}
+		n.kubectl(t, "label", "pod", "old", "serves=yes")
+		n.awaitOutput(t, "client", "curl -s -m 20 http://web/hostname", "old")
+		visit := n.command("exec", "client", "--", "curl", "-s", "-G", "-m", "1200", "http://web/shell",
+			"--data-urlencode", "cmd=until [ -e /tmp/go ]; do sleep 0.2; done; hostname")
+		var page bytes.Buffer
+		visit.Stdout, visit.Stderr = &page, &page
+		if err := visit.Start(); err != nil {
+			t.Fatal(err)
+		}
+		visited := make(chan error, 1)
+		go func() { visited <- visit.Wait() }()
+		n.awaitLogs(t, "old", "web", "/shell?cmd=")
+		n.kubectl(t, "delete", "pod", "old", "--wait=false")
+		n.kubectl(t, "label", "pod", "new", "serves=yes")
+		n.awaitOutput(t, "client", "for i in 1 2 3 4 5; do curl -s -m 20 http://web/hostname; done", strings.Repeat("new", 5))
+		n.exec(t, "old", "touch /tmp/go")
+		if err := <-visited; err != nil || !strings.Contains(page.String(), `"output":"old\n"`) {
+			t.Errorf("the visit that began before the end of its pod: %v, %q", err, &page)
+		}
+		n.exec(t, "new", "touch /tmp/drained") // ends with the namespace
+		n.exec(t, "old", "touch /tmp/drained")
+		n.kubectl(t, "wait", "pod/old", "--for=delete", "--timeout=8m")
+	})
 }
 
 // The pods of a StatefulSet have names that are found, and keep name and volume when they are replaced.
@@ -119,7 +172,7 @@ spec:
       resources: {requests: {storage: 8Mi}}`)
 		t.Cleanup(func() { kubectl(n.ctx, t, n.Cluster, "delete", "pv", n.name+"-data-set-0", "--wait=false") })
 		n.kubectl(t, "rollout", "status", "statefulset/set", "--timeout=5m")
-		n.run(t, "client", strings.Replace(sleeper, "BUSYBOX, command: [sleep, \"1000000\"]", "AGNHOST, args: [pause]", 1))
+		n.run(t, "client", agnhostSleeper)
 		n.awaitOutput(t, "client", "curl -s http://set-0.set:8080/", "start")
 		n.kubectl(t, "delete", "pod", "set-0")
 		n.awaitOutput(t, "client", "curl -s http://set-0.set:8080/", "start\nstart")

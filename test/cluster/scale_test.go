@@ -4,11 +4,15 @@ import (
 	"context"
 	"flag"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
-	"github.com/vmruntime/vmruntime/test/cluster"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/vmruntime/vmruntime/test/critest"
 )
 
 // scaleTo is how many VM pods TestScale has at once. Each takes a processor to boot and about 250 MiB.
@@ -34,23 +38,47 @@ spec:
       CLASS
       terminationGracePeriodSeconds: 1
       containers: [{name: main, image: BUSYBOX, command: [sleep, "1000000"], resources: {limits: {memory: 32Mi}}}]`)
+	var used critest.Usage
 	for range 2 {
-		for _, replicas := range []int{*scaleTo, 0} {
-			n.kubectl(t, "scale", "deployment/many", fmt.Sprintf("--replicas=%d", replicas))
-			n.kubectl(t, "rollout", "status", "deployment/many", "--timeout=30m")
-		}
+		n.kubectl(t, "scale", "deployment/many", fmt.Sprintf("--replicas=%d", *scaleTo))
+		n.kubectl(t, "rollout", "status", "deployment/many", "--timeout=30m")
+		logStarts(t, n)
+		n.kubectl(t, "scale", "deployment/many", "--replicas=0")
 		n.kubectl(t, "wait", "pod", "-l", "app=many", "--for=delete", "--timeout=10m")
-	}
-	err := cluster.Await(n.ctx, awaitTimeout, "nothing to be left", func(ctx context.Context) error {
-		lines, err := n.Leaks(ctx)
-		if err == nil && len(lines) > 0 {
-			err = fmt.Errorf("left on the node:\n  %s", strings.Join(lines, "\n  "))
+		n.await(t, "nothing to be left", func() error {
+			lines, err := n.Leaks(n.ctx)
+			if err == nil && len(lines) > 0 {
+				err = fmt.Errorf("left on the node:\n  %s", strings.Join(lines, "\n  "))
+			}
+			return err
+		})
+		var err error
+		if used, err = critest.Settle(n.ctx, n.Node(), used); err != nil {
+			t.Error(err)
 		}
-		return err
-	})
-	if err != nil {
-		t.Error(err)
 	}
+}
+
+// logStarts tells how long pods took from their creation until they were ready, to a second.
+func logStarts(t *testing.T, n *namespace) {
+	t.Helper()
+	pods, err := n.Client().CoreV1().Pods(n.name).List(n.ctx, metav1.ListOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var took []time.Duration
+	for _, p := range pods.Items {
+		for _, c := range p.Status.Conditions {
+			if c.Type == corev1.PodReady && c.Status == corev1.ConditionTrue {
+				took = append(took, c.LastTransitionTime.Sub(p.CreationTimestamp.Time))
+			}
+		}
+	}
+	if len(took) != *scaleTo {
+		t.Fatalf("%d of %d pods are ready", len(took), *scaleTo)
+	}
+	slices.Sort(took)
+	t.Logf("%d pods were ready after %s to %s, half of them by %s", len(took), took[0], took[len(took)-1], took[len(took)/2])
 }
 
 // The example of two tiers runs as it is, and keeps in one tier what is said in the other.

@@ -7,7 +7,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -139,6 +141,66 @@ volumes:
 		}
 		if got, err := os.ReadFile(filepath.Join(inner, "i")); err != nil || string(got) != "i\n" {
 			t.Errorf("on the node the file in the mount below is %q: %v", got, err)
+		}
+	})
+}
+
+// The group of a volume's files is changed by policy: always, or only when its root has another.
+func TestFSGroupChangePolicy(t *testing.T) {
+	eachRuntime(t, func(t *testing.T, n *namespace) {
+		dir := t.TempDir()
+		n.apply(t, persistentVolume(n, "volume", "Filesystem", dir))
+		t.Cleanup(func() { kubectl(n.ctx, t, n.Cluster, "delete", "pv", n.name+"-volume", "--wait=false") })
+		file := filepath.Join(dir, "f")
+		if err := os.WriteFile(file, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		for i, c := range []struct {
+			policy string
+			group  int // that the pod sees
+		}{{"OnRootMismatch", 2000}, {"OnRootMismatch", 0}, {"Always", 2000}} {
+			if err := os.Chown(file, 0, 0); err != nil {
+				t.Fatal(err)
+			}
+			name := fmt.Sprintf("p-%d", i)
+			n.create(t, name, "securityContext: {runAsUser: 1000, fsGroup: 2000, fsGroupChangePolicy: "+c.policy+"}"+
+				volumePod("stat -c %g /v/f", "volumeMounts: [{name: v, mountPath: /v}]", "volume"))
+			n.awaitPod(t, name, "succeed", inPhase(corev1.PodSucceeded))
+			if got := n.kubectl(t, "logs", name); got != strconv.Itoa(c.group) {
+				t.Errorf("pod %d, with the policy %s, sees a file of group %s, want %d", i, c.policy, got, c.group)
+			}
+			n.kubectl(t, "delete", "pod", name)
+		}
+	})
+}
+
+// A pod with `hostUsers: false` has users of its own: its root is none of the machine that it runs on, and owns what it makes in volumes.
+func TestUserNamespace(t *testing.T) {
+	eachRuntime(t, func(t *testing.T, n *namespace) {
+		pod := n.run(t, "p", `
+hostUsers: false
+securityContext: {fsGroup: 2000}
+containers:
+- {name: main, image: BUSYBOX, command: [sleep, "1000000"], volumeMounts: [{name: d, mountPath: /d}]}
+volumes: [{name: d, emptyDir: {}}]`)
+		for script, want := range map[string]string{
+			"id -u": "0",
+			"awk '{print $1, ($2 >= 65536), $3}' /proc/self/uid_map":                                 "0 1 65536",
+			"touch /d/f /f; stat -c %u:%g /d/f /f":                                                   "0:2000\n0:0",
+			"chown 1000:1000 /f; stat -c %u:%g /f":                                                   "1000:1000",
+			"stat -c %g -L /var/run/secrets/kubernetes.io/serviceaccount/token":                      "2000",
+			"[ $(wc -c </var/run/secrets/kubernetes.io/serviceaccount/token) -gt 100 ] && echo long": "long",
+		} {
+			if got := n.exec(t, "p", script); got != want {
+				t.Errorf("%s prints %q, want %q", script, got, want)
+			}
+		}
+		info, err := os.Stat(filepath.Join(n.Node().Root, "kubelet", "pods", string(pod.UID), "volumes/kubernetes.io~empty-dir/d/f"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if owner, ok := info.Sys().(*syscall.Stat_t); !ok || owner.Uid != 0 || owner.Gid != 2000 {
+			t.Errorf("on the node the file belongs to %+v, want 0:2000", info.Sys())
 		}
 	})
 }
