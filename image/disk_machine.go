@@ -36,6 +36,9 @@ func (s *Store) CreateMachine(owner string) (string, error) {
 	return dir, nil
 }
 
+// WriteEmpty makes an empty file a qcow2 image of size bytes in which all is zeros.
+func WriteEmpty(f *os.File, size int64) error { return qcow2.WriteEmpty(f, size) }
+
 // RemoveMachine removes all files of a machine. It is idempotent.
 func (s *Store) RemoveMachine(owner string) error {
 	if err := checkName("owner of a machine", owner); err != nil {

@@ -47,6 +47,8 @@ type podStatus struct {
 	Guest     guestRecord `json:"guest"`
 	// Capturing is set while a checkpoint is taken, which a daemon that is killed leaves stopped and frozen.
 	Capturing bool `json:"capturing,omitempty"`
+	// Frozen is set while the guest's own agent has its file systems frozen, which a daemon that is killed leaves so.
+	Frozen bool `json:"frozen,omitempty"`
 }
 
 // guestRecord is the latest boot of a pod's guest.

@@ -174,6 +174,7 @@ func (rt *Runtime) recoverPod(ctx context.Context, p *pod) error {
 		p.log.Error("taking up virtiofsd", "error", err)
 	}
 	g.releaseLeft()
+	g.unfreezeLeft()
 	if parts != nil {
 		return rt.recoverMachine(ctx, p, g, s.Guest)
 	}

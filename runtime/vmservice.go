@@ -131,6 +131,17 @@ func (s *vmService) Screenshot(ctx context.Context, req *vmpb.ScreenshotRequest)
 	return &vmpb.ScreenshotResponse{Png: png}, err
 }
 
+// Clone writes a machine's disk to a file.
+func (s *vmService) Clone(ctx context.Context, req *vmpb.CloneRequest) (*vmpb.CloneResponse, error) {
+	g, err := s.rt.findMachine(req.GetVm(), "cloned: it has no disk of its own")
+	if err != nil {
+		return nil, err
+	}
+	g.log.Info("cloned by an administrator", "file", req.GetFile())
+	frozen, err := g.clone(ctx, req.GetFile())
+	return &vmpb.CloneResponse{Frozen: frozen}, err
+}
+
 // Console joins the client to the serial console.
 func (s *vmService) Console(stream vmpb.VMService_ConsoleServer) error {
 	first, err := stream.Recv()

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -44,7 +45,7 @@ run; only root may speak to it.`,
 		},
 	}
 	cmd.PersistentFlags().StringVar(&flags.address, "address", "", "the daemon's `socket` for administrators (default server.admin_socket of the configuration)")
-	cmd.AddCommand(listCommand(&flags), showCommand(&flags), screenshotCommand(&flags), consoleCommand(&flags), vncCommand(&flags), rebootCommand(&flags))
+	cmd.AddCommand(listCommand(&flags), showCommand(&flags), screenshotCommand(&flags), consoleCommand(&flags), vncCommand(&flags), rebootCommand(&flags), cloneCommand(&flags))
 	cmd.AddCommand(actionCommands(&flags)...)
 	return cmd
 }
@@ -123,6 +124,42 @@ func actionCommands(flags *vmFlags) []*cobra.Command {
 		})
 	}
 	return out
+}
+
+// cloneTimeout bounds copying a disk.
+const cloneTimeout = time.Hour
+
+func cloneCommand(flags *vmFlags) *cobra.Command {
+	return &cobra.Command{
+		Use:   "clone VM FILE",
+		Short: "Write a machine's disk to a file, from which other machines can be made",
+		Long: `Write a machine's disk to a file, from which other machines can be made: with "vmruntime image import FILE NAME".
+
+The disk is as it is at one moment; the machine runs meanwhile. qemu-guest-agent, where the machine runs it, freezes the file
+systems for that moment. Otherwise the disk is as after a power cut. The file must not exist; it becomes a qcow2 image. What makes the machine itself,
+such as the machine ID and SSH host keys, is on it too.`,
+		Args: cobra.ExactArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			file, err := filepath.Abs(args[1])
+			if err != nil {
+				return err
+			}
+			ctx, cancel := context.WithTimeout(cmd.Context(), cloneTimeout)
+			defer cancel()
+			return flags.ask(ctx, func(ctx context.Context, c vmpb.VMServiceClient) error {
+				resp, err := c.Clone(ctx, &vmpb.CloneRequest{Vm: args[0], File: file})
+				if err != nil {
+					return err
+				}
+				how := "as after a power cut: no guest agent has frozen the file systems"
+				if resp.GetFrozen() {
+					how = "with frozen file systems"
+				}
+				_, err = fmt.Fprintf(cmd.OutOrStdout(), "copied %s\n", how)
+				return err
+			})
+		},
+	}
 }
 
 func rebootCommand(flags *vmFlags) *cobra.Command {

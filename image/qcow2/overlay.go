@@ -24,9 +24,8 @@ const (
 // it fails, there is no file. A file that is there already is
 // errdefs.ErrAlreadyExists.
 func CreateOverlay(path string, virtualSize int64) error {
-	if virtualSize <= 0 || virtualSize > defaultMaxVirtualSize || virtualSize%sectorSize != 0 {
-		return fmt.Errorf("virtual size of overlay %s is %d bytes, want a multiple of %d up to %d: %w",
-			path, virtualSize, sectorSize, int64(defaultMaxVirtualSize), errdefs.ErrInvalidArgument)
+	if err := checkEmpty(path, virtualSize); err != nil {
+		return err
 	}
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if errors.Is(err, fs.ErrExist) {
@@ -35,7 +34,7 @@ func CreateOverlay(path string, virtualSize int64) error {
 	if err != nil {
 		return fmt.Errorf("create overlay: %w", err)
 	}
-	if err := errors.Join(writeOverlay(f, virtualSize), f.Close()); err != nil {
+	if err := errors.Join(writeEmpty(f, virtualSize), f.Close()); err != nil {
 		return errors.Join(fmt.Errorf("create overlay: %w", err), os.Remove(path))
 	}
 	if err := syncDir(filepath.Dir(path)); err != nil {
@@ -44,9 +43,25 @@ func CreateOverlay(path string, virtualSize int64) error {
 	return nil
 }
 
-// writeOverlay lays out header, refcount table, refcount block and L1 table,
+func checkEmpty(path string, virtualSize int64) error {
+	if virtualSize <= 0 || virtualSize > defaultMaxVirtualSize || virtualSize%sectorSize != 0 {
+		return fmt.Errorf("virtual size of %s is %d bytes, want a multiple of %d up to %d: %w",
+			path, virtualSize, sectorSize, int64(defaultMaxVirtualSize), errdefs.ErrInvalidArgument)
+	}
+	return nil
+}
+
+// WriteEmpty makes an empty file a qcow2 image as CreateOverlay does.
+func WriteEmpty(f *os.File, virtualSize int64) error {
+	if err := checkEmpty(f.Name(), virtualSize); err != nil {
+		return err
+	}
+	return writeEmpty(f, virtualSize)
+}
+
+// writeEmpty lays out header, refcount table, refcount block and L1 table,
 // each from a cluster of its own on.
-func writeOverlay(f *os.File, virtualSize int64) error {
+func writeEmpty(f *os.File, virtualSize int64) error {
 	h := header{clusterBits: overlayBits, clusterSize: overlayCluster, virtualSize: virtualSize}
 	entries := h.l1Needed()
 	clusters := 3 + h.clusters(entries*entrySize)

@@ -1339,6 +1339,104 @@ func (x *ScreenshotResponse) GetPng() []byte {
 	return nil
 }
 
+type CloneRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Vm    string                 `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	// The absolute path of a file that does not exist yet; it becomes a qcow2 image.
+	File          string `protobuf:"bytes,2,opt,name=file,proto3" json:"file,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CloneRequest) Reset() {
+	*x = CloneRequest{}
+	mi := &file_vm_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CloneRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CloneRequest) ProtoMessage() {}
+
+func (x *CloneRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vm_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CloneRequest.ProtoReflect.Descriptor instead.
+func (*CloneRequest) Descriptor() ([]byte, []int) {
+	return file_vm_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *CloneRequest) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+func (x *CloneRequest) GetFile() string {
+	if x != nil {
+		return x.File
+	}
+	return ""
+}
+
+type CloneResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Whether qemu-guest-agent had frozen the guest's file systems at that moment. Otherwise the disk is as after a power cut.
+	Frozen        bool `protobuf:"varint,1,opt,name=frozen,proto3" json:"frozen,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CloneResponse) Reset() {
+	*x = CloneResponse{}
+	mi := &file_vm_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CloneResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CloneResponse) ProtoMessage() {}
+
+func (x *CloneResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_vm_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CloneResponse.ProtoReflect.Descriptor instead.
+func (*CloneResponse) Descriptor() ([]byte, []int) {
+	return file_vm_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *CloneResponse) GetFrozen() bool {
+	if x != nil {
+		return x.Frozen
+	}
+	return false
+}
+
 type ConsoleRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Message:
@@ -1352,7 +1450,7 @@ type ConsoleRequest struct {
 
 func (x *ConsoleRequest) Reset() {
 	*x = ConsoleRequest{}
-	mi := &file_vm_proto_msgTypes[23]
+	mi := &file_vm_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1364,7 +1462,7 @@ func (x *ConsoleRequest) String() string {
 func (*ConsoleRequest) ProtoMessage() {}
 
 func (x *ConsoleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[23]
+	mi := &file_vm_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1377,7 +1475,7 @@ func (x *ConsoleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleRequest.ProtoReflect.Descriptor instead.
 func (*ConsoleRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{23}
+	return file_vm_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ConsoleRequest) GetMessage() isConsoleRequest_Message {
@@ -1430,7 +1528,7 @@ type ConsoleResponse struct {
 
 func (x *ConsoleResponse) Reset() {
 	*x = ConsoleResponse{}
-	mi := &file_vm_proto_msgTypes[24]
+	mi := &file_vm_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1442,7 +1540,7 @@ func (x *ConsoleResponse) String() string {
 func (*ConsoleResponse) ProtoMessage() {}
 
 func (x *ConsoleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[24]
+	mi := &file_vm_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1455,7 +1553,7 @@ func (x *ConsoleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleResponse.ProtoReflect.Descriptor instead.
 func (*ConsoleResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{24}
+	return file_vm_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ConsoleResponse) GetData() []byte {
@@ -1478,7 +1576,7 @@ type VNCRequest struct {
 
 func (x *VNCRequest) Reset() {
 	*x = VNCRequest{}
-	mi := &file_vm_proto_msgTypes[25]
+	mi := &file_vm_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1490,7 +1588,7 @@ func (x *VNCRequest) String() string {
 func (*VNCRequest) ProtoMessage() {}
 
 func (x *VNCRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[25]
+	mi := &file_vm_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1503,7 +1601,7 @@ func (x *VNCRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VNCRequest.ProtoReflect.Descriptor instead.
 func (*VNCRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{25}
+	return file_vm_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *VNCRequest) GetMessage() isVNCRequest_Message {
@@ -1556,7 +1654,7 @@ type VNCResponse struct {
 
 func (x *VNCResponse) Reset() {
 	*x = VNCResponse{}
-	mi := &file_vm_proto_msgTypes[26]
+	mi := &file_vm_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1568,7 +1666,7 @@ func (x *VNCResponse) String() string {
 func (*VNCResponse) ProtoMessage() {}
 
 func (x *VNCResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[26]
+	mi := &file_vm_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1581,7 +1679,7 @@ func (x *VNCResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VNCResponse.ProtoReflect.Descriptor instead.
 func (*VNCResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{26}
+	return file_vm_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *VNCResponse) GetData() []byte {
@@ -1604,7 +1702,7 @@ type ConsoleRequest_Open struct {
 
 func (x *ConsoleRequest_Open) Reset() {
 	*x = ConsoleRequest_Open{}
-	mi := &file_vm_proto_msgTypes[28]
+	mi := &file_vm_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1616,7 +1714,7 @@ func (x *ConsoleRequest_Open) String() string {
 func (*ConsoleRequest_Open) ProtoMessage() {}
 
 func (x *ConsoleRequest_Open) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[28]
+	mi := &file_vm_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1629,7 +1727,7 @@ func (x *ConsoleRequest_Open) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleRequest_Open.ProtoReflect.Descriptor instead.
 func (*ConsoleRequest_Open) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{23, 0}
+	return file_vm_proto_rawDescGZIP(), []int{25, 0}
 }
 
 func (x *ConsoleRequest_Open) GetVm() string {
@@ -1662,7 +1760,7 @@ type VNCRequest_Open struct {
 
 func (x *VNCRequest_Open) Reset() {
 	*x = VNCRequest_Open{}
-	mi := &file_vm_proto_msgTypes[29]
+	mi := &file_vm_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1674,7 +1772,7 @@ func (x *VNCRequest_Open) String() string {
 func (*VNCRequest_Open) ProtoMessage() {}
 
 func (x *VNCRequest_Open) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[29]
+	mi := &file_vm_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1687,7 +1785,7 @@ func (x *VNCRequest_Open) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VNCRequest_Open.ProtoReflect.Descriptor instead.
 func (*VNCRequest_Open) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{25, 0}
+	return file_vm_proto_rawDescGZIP(), []int{27, 0}
 }
 
 func (x *VNCRequest_Open) GetVm() string {
@@ -1802,7 +1900,12 @@ const file_vm_proto_rawDesc = "" +
 	"\x11ScreenshotRequest\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\"&\n" +
 	"\x12ScreenshotResponse\x12\x10\n" +
-	"\x03png\x18\x01 \x01(\fR\x03png\"\xbe\x01\n" +
+	"\x03png\x18\x01 \x01(\fR\x03png\"2\n" +
+	"\fCloneRequest\x12\x0e\n" +
+	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x12\n" +
+	"\x04file\x18\x02 \x01(\tR\x04file\"'\n" +
+	"\rCloneResponse\x12\x16\n" +
+	"\x06frozen\x18\x01 \x01(\bR\x06frozen\"\xbe\x01\n" +
 	"\x0eConsoleRequest\x12:\n" +
 	"\x04open\x18\x01 \x01(\v2$.vmruntime.vm.v1.ConsoleRequest.OpenH\x00R\x04open\x12\x14\n" +
 	"\x04data\x18\x02 \x01(\fH\x00R\x04data\x1aO\n" +
@@ -1821,7 +1924,7 @@ const file_vm_proto_rawDesc = "" +
 	"\x02vm\x18\x01 \x01(\tR\x02vmB\t\n" +
 	"\amessage\"!\n" +
 	"\vVNCResponse\x12\x12\n" +
-	"\x04data\x18\x01 \x01(\fR\x04data2\xec\x05\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data2\xb4\x06\n" +
 	"\tVMService\x12C\n" +
 	"\x04List\x12\x1c.vmruntime.vm.v1.ListRequest\x1a\x1d.vmruntime.vm.v1.ListResponse\x12C\n" +
 	"\x04Show\x12\x1c.vmruntime.vm.v1.ShowRequest\x1a\x1d.vmruntime.vm.v1.ShowResponse\x12F\n" +
@@ -1831,7 +1934,8 @@ const file_vm_proto_rawDesc = "" +
 	"\x06Reboot\x12\x1e.vmruntime.vm.v1.RebootRequest\x1a\x1f.vmruntime.vm.v1.RebootResponse\x12@\n" +
 	"\x03NMI\x12\x1b.vmruntime.vm.v1.NMIRequest\x1a\x1c.vmruntime.vm.v1.NMIResponse\x12U\n" +
 	"\n" +
-	"Screenshot\x12\".vmruntime.vm.v1.ScreenshotRequest\x1a#.vmruntime.vm.v1.ScreenshotResponse\x12P\n" +
+	"Screenshot\x12\".vmruntime.vm.v1.ScreenshotRequest\x1a#.vmruntime.vm.v1.ScreenshotResponse\x12F\n" +
+	"\x05Clone\x12\x1d.vmruntime.vm.v1.CloneRequest\x1a\x1e.vmruntime.vm.v1.CloneResponse\x12P\n" +
 	"\aConsole\x12\x1f.vmruntime.vm.v1.ConsoleRequest\x1a .vmruntime.vm.v1.ConsoleResponse(\x010\x01\x12D\n" +
 	"\x03VNC\x12\x1b.vmruntime.vm.v1.VNCRequest\x1a\x1c.vmruntime.vm.v1.VNCResponse(\x010\x01B2Z0github.com/vmruntime/vmruntime/runtime/vmpb;vmpbb\x06proto3"
 
@@ -1847,7 +1951,7 @@ func file_vm_proto_rawDescGZIP() []byte {
 	return file_vm_proto_rawDescData
 }
 
-var file_vm_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
+var file_vm_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
 var file_vm_proto_goTypes = []any{
 	(*ListRequest)(nil),         // 0: vmruntime.vm.v1.ListRequest
 	(*ListResponse)(nil),        // 1: vmruntime.vm.v1.ListResponse
@@ -1872,13 +1976,15 @@ var file_vm_proto_goTypes = []any{
 	(*NMIResponse)(nil),         // 20: vmruntime.vm.v1.NMIResponse
 	(*ScreenshotRequest)(nil),   // 21: vmruntime.vm.v1.ScreenshotRequest
 	(*ScreenshotResponse)(nil),  // 22: vmruntime.vm.v1.ScreenshotResponse
-	(*ConsoleRequest)(nil),      // 23: vmruntime.vm.v1.ConsoleRequest
-	(*ConsoleResponse)(nil),     // 24: vmruntime.vm.v1.ConsoleResponse
-	(*VNCRequest)(nil),          // 25: vmruntime.vm.v1.VNCRequest
-	(*VNCResponse)(nil),         // 26: vmruntime.vm.v1.VNCResponse
-	nil,                         // 27: vmruntime.vm.v1.ShowResponse.InfoEntry
-	(*ConsoleRequest_Open)(nil), // 28: vmruntime.vm.v1.ConsoleRequest.Open
-	(*VNCRequest_Open)(nil),     // 29: vmruntime.vm.v1.VNCRequest.Open
+	(*CloneRequest)(nil),        // 23: vmruntime.vm.v1.CloneRequest
+	(*CloneResponse)(nil),       // 24: vmruntime.vm.v1.CloneResponse
+	(*ConsoleRequest)(nil),      // 25: vmruntime.vm.v1.ConsoleRequest
+	(*ConsoleResponse)(nil),     // 26: vmruntime.vm.v1.ConsoleResponse
+	(*VNCRequest)(nil),          // 27: vmruntime.vm.v1.VNCRequest
+	(*VNCResponse)(nil),         // 28: vmruntime.vm.v1.VNCResponse
+	nil,                         // 29: vmruntime.vm.v1.ShowResponse.InfoEntry
+	(*ConsoleRequest_Open)(nil), // 30: vmruntime.vm.v1.ConsoleRequest.Open
+	(*VNCRequest_Open)(nil),     // 31: vmruntime.vm.v1.VNCRequest.Open
 }
 var file_vm_proto_depIdxs = []int32{
 	2,  // 0: vmruntime.vm.v1.ListResponse.vms:type_name -> vmruntime.vm.v1.VM
@@ -1888,11 +1994,11 @@ var file_vm_proto_depIdxs = []int32{
 	9,  // 4: vmruntime.vm.v1.ShowResponse.guest:type_name -> vmruntime.vm.v1.Guest
 	7,  // 5: vmruntime.vm.v1.ShowResponse.interfaces:type_name -> vmruntime.vm.v1.Interface
 	8,  // 6: vmruntime.vm.v1.ShowResponse.containers:type_name -> vmruntime.vm.v1.Container
-	27, // 7: vmruntime.vm.v1.ShowResponse.info:type_name -> vmruntime.vm.v1.ShowResponse.InfoEntry
+	29, // 7: vmruntime.vm.v1.ShowResponse.info:type_name -> vmruntime.vm.v1.ShowResponse.InfoEntry
 	7,  // 8: vmruntime.vm.v1.Guest.interfaces:type_name -> vmruntime.vm.v1.Interface
 	10, // 9: vmruntime.vm.v1.Guest.file_systems:type_name -> vmruntime.vm.v1.FileSystem
-	28, // 10: vmruntime.vm.v1.ConsoleRequest.open:type_name -> vmruntime.vm.v1.ConsoleRequest.Open
-	29, // 11: vmruntime.vm.v1.VNCRequest.open:type_name -> vmruntime.vm.v1.VNCRequest.Open
+	30, // 10: vmruntime.vm.v1.ConsoleRequest.open:type_name -> vmruntime.vm.v1.ConsoleRequest.Open
+	31, // 11: vmruntime.vm.v1.VNCRequest.open:type_name -> vmruntime.vm.v1.VNCRequest.Open
 	0,  // 12: vmruntime.vm.v1.VMService.List:input_type -> vmruntime.vm.v1.ListRequest
 	3,  // 13: vmruntime.vm.v1.VMService.Show:input_type -> vmruntime.vm.v1.ShowRequest
 	11, // 14: vmruntime.vm.v1.VMService.Pause:input_type -> vmruntime.vm.v1.PauseRequest
@@ -1901,20 +2007,22 @@ var file_vm_proto_depIdxs = []int32{
 	17, // 17: vmruntime.vm.v1.VMService.Reboot:input_type -> vmruntime.vm.v1.RebootRequest
 	19, // 18: vmruntime.vm.v1.VMService.NMI:input_type -> vmruntime.vm.v1.NMIRequest
 	21, // 19: vmruntime.vm.v1.VMService.Screenshot:input_type -> vmruntime.vm.v1.ScreenshotRequest
-	23, // 20: vmruntime.vm.v1.VMService.Console:input_type -> vmruntime.vm.v1.ConsoleRequest
-	25, // 21: vmruntime.vm.v1.VMService.VNC:input_type -> vmruntime.vm.v1.VNCRequest
-	1,  // 22: vmruntime.vm.v1.VMService.List:output_type -> vmruntime.vm.v1.ListResponse
-	4,  // 23: vmruntime.vm.v1.VMService.Show:output_type -> vmruntime.vm.v1.ShowResponse
-	12, // 24: vmruntime.vm.v1.VMService.Pause:output_type -> vmruntime.vm.v1.PauseResponse
-	14, // 25: vmruntime.vm.v1.VMService.Resume:output_type -> vmruntime.vm.v1.ResumeResponse
-	16, // 26: vmruntime.vm.v1.VMService.Reset:output_type -> vmruntime.vm.v1.ResetResponse
-	18, // 27: vmruntime.vm.v1.VMService.Reboot:output_type -> vmruntime.vm.v1.RebootResponse
-	20, // 28: vmruntime.vm.v1.VMService.NMI:output_type -> vmruntime.vm.v1.NMIResponse
-	22, // 29: vmruntime.vm.v1.VMService.Screenshot:output_type -> vmruntime.vm.v1.ScreenshotResponse
-	24, // 30: vmruntime.vm.v1.VMService.Console:output_type -> vmruntime.vm.v1.ConsoleResponse
-	26, // 31: vmruntime.vm.v1.VMService.VNC:output_type -> vmruntime.vm.v1.VNCResponse
-	22, // [22:32] is the sub-list for method output_type
-	12, // [12:22] is the sub-list for method input_type
+	23, // 20: vmruntime.vm.v1.VMService.Clone:input_type -> vmruntime.vm.v1.CloneRequest
+	25, // 21: vmruntime.vm.v1.VMService.Console:input_type -> vmruntime.vm.v1.ConsoleRequest
+	27, // 22: vmruntime.vm.v1.VMService.VNC:input_type -> vmruntime.vm.v1.VNCRequest
+	1,  // 23: vmruntime.vm.v1.VMService.List:output_type -> vmruntime.vm.v1.ListResponse
+	4,  // 24: vmruntime.vm.v1.VMService.Show:output_type -> vmruntime.vm.v1.ShowResponse
+	12, // 25: vmruntime.vm.v1.VMService.Pause:output_type -> vmruntime.vm.v1.PauseResponse
+	14, // 26: vmruntime.vm.v1.VMService.Resume:output_type -> vmruntime.vm.v1.ResumeResponse
+	16, // 27: vmruntime.vm.v1.VMService.Reset:output_type -> vmruntime.vm.v1.ResetResponse
+	18, // 28: vmruntime.vm.v1.VMService.Reboot:output_type -> vmruntime.vm.v1.RebootResponse
+	20, // 29: vmruntime.vm.v1.VMService.NMI:output_type -> vmruntime.vm.v1.NMIResponse
+	22, // 30: vmruntime.vm.v1.VMService.Screenshot:output_type -> vmruntime.vm.v1.ScreenshotResponse
+	24, // 31: vmruntime.vm.v1.VMService.Clone:output_type -> vmruntime.vm.v1.CloneResponse
+	26, // 32: vmruntime.vm.v1.VMService.Console:output_type -> vmruntime.vm.v1.ConsoleResponse
+	28, // 33: vmruntime.vm.v1.VMService.VNC:output_type -> vmruntime.vm.v1.VNCResponse
+	23, // [23:34] is the sub-list for method output_type
+	12, // [12:23] is the sub-list for method input_type
 	12, // [12:12] is the sub-list for extension type_name
 	12, // [12:12] is the sub-list for extension extendee
 	0,  // [0:12] is the sub-list for field type_name
@@ -1925,11 +2033,11 @@ func file_vm_proto_init() {
 	if File_vm_proto != nil {
 		return
 	}
-	file_vm_proto_msgTypes[23].OneofWrappers = []any{
+	file_vm_proto_msgTypes[25].OneofWrappers = []any{
 		(*ConsoleRequest_Open_)(nil),
 		(*ConsoleRequest_Data)(nil),
 	}
-	file_vm_proto_msgTypes[25].OneofWrappers = []any{
+	file_vm_proto_msgTypes[27].OneofWrappers = []any{
 		(*VNCRequest_Open_)(nil),
 		(*VNCRequest_Data)(nil),
 	}
@@ -1939,7 +2047,7 @@ func file_vm_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vm_proto_rawDesc), len(file_vm_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   30,
+			NumMessages:   32,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -30,6 +30,7 @@ const (
 	VMService_Reboot_FullMethodName     = "/vmruntime.vm.v1.VMService/Reboot"
 	VMService_NMI_FullMethodName        = "/vmruntime.vm.v1.VMService/NMI"
 	VMService_Screenshot_FullMethodName = "/vmruntime.vm.v1.VMService/Screenshot"
+	VMService_Clone_FullMethodName      = "/vmruntime.vm.v1.VMService/Clone"
 	VMService_Console_FullMethodName    = "/vmruntime.vm.v1.VMService/Console"
 	VMService_VNC_FullMethodName        = "/vmruntime.vm.v1.VMService/VNC"
 )
@@ -57,6 +58,8 @@ type VMServiceClient interface {
 	NMI(ctx context.Context, in *NMIRequest, opts ...grpc.CallOption) (*NMIResponse, error)
 	// Screenshot is what a machine with video shows.
 	Screenshot(ctx context.Context, in *ScreenshotRequest, opts ...grpc.CallOption) (*ScreenshotResponse, error)
+	// Clone writes a machine's root disk to a file of the node, as it is at one moment while the machine runs.
+	Clone(ctx context.Context, in *CloneRequest, opts ...grpc.CallOption) (*CloneResponse, error)
 	// Console joins the client to the serial console. The first message opens it, the others are what is typed. The guest of a pod of
 	// containers has a console that can only be read: the end of it comes, and then the stream ends.
 	Console(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[ConsoleRequest, ConsoleResponse], error)
@@ -152,6 +155,16 @@ func (c *vMServiceClient) Screenshot(ctx context.Context, in *ScreenshotRequest,
 	return out, nil
 }
 
+func (c *vMServiceClient) Clone(ctx context.Context, in *CloneRequest, opts ...grpc.CallOption) (*CloneResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CloneResponse)
+	err := c.cc.Invoke(ctx, VMService_Clone_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *vMServiceClient) Console(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[ConsoleRequest, ConsoleResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	stream, err := c.cc.NewStream(ctx, &VMService_ServiceDesc.Streams[0], VMService_Console_FullMethodName, cOpts...)
@@ -201,6 +214,8 @@ type VMServiceServer interface {
 	NMI(context.Context, *NMIRequest) (*NMIResponse, error)
 	// Screenshot is what a machine with video shows.
 	Screenshot(context.Context, *ScreenshotRequest) (*ScreenshotResponse, error)
+	// Clone writes a machine's root disk to a file of the node, as it is at one moment while the machine runs.
+	Clone(context.Context, *CloneRequest) (*CloneResponse, error)
 	// Console joins the client to the serial console. The first message opens it, the others are what is typed. The guest of a pod of
 	// containers has a console that can only be read: the end of it comes, and then the stream ends.
 	Console(grpc.BidiStreamingServer[ConsoleRequest, ConsoleResponse]) error
@@ -239,6 +254,9 @@ func (UnimplementedVMServiceServer) NMI(context.Context, *NMIRequest) (*NMIRespo
 }
 func (UnimplementedVMServiceServer) Screenshot(context.Context, *ScreenshotRequest) (*ScreenshotResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Screenshot not implemented")
+}
+func (UnimplementedVMServiceServer) Clone(context.Context, *CloneRequest) (*CloneResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Clone not implemented")
 }
 func (UnimplementedVMServiceServer) Console(grpc.BidiStreamingServer[ConsoleRequest, ConsoleResponse]) error {
 	return status.Error(codes.Unimplemented, "method Console not implemented")
@@ -411,6 +429,24 @@ func _VMService_Screenshot_Handler(srv interface{}, ctx context.Context, dec fun
 	return interceptor(ctx, in, info, handler)
 }
 
+func _VMService_Clone_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CloneRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(VMServiceServer).Clone(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: VMService_Clone_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(VMServiceServer).Clone(ctx, req.(*CloneRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _VMService_Console_Handler(srv interface{}, stream grpc.ServerStream) error {
 	return srv.(VMServiceServer).Console(&grpc.GenericServerStream[ConsoleRequest, ConsoleResponse]{ServerStream: stream})
 }
@@ -463,6 +499,10 @@ var VMService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Screenshot",
 			Handler:    _VMService_Screenshot_Handler,
+		},
+		{
+			MethodName: "Clone",
+			Handler:    _VMService_Clone_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

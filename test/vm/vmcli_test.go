@@ -230,6 +230,35 @@ func TestVMReboots(t *testing.T) {
 	}
 }
 
+// A machine's disk is copied while it runs, and another machine boots from the copy.
+func TestVMClone(t *testing.T) {
+	ctx, b := use(t)
+	c := b.machine(ctx, t, images.Tiny)
+	c.sh("echo cloned > /cloned") // not synced: freezing is what writes it
+	file := filepath.Join(t.TempDir(), "disk.qcow2")
+	if said := c.vm("clone", c.id, file); said != "copied with frozen file systems\n" {
+		t.Errorf("clone says %q", said)
+	}
+	c.vmRefused("exists", "clone", c.id, file)
+	c.vmRefused("must be in a directory", "clone", c.id, filepath.Join(filepath.Dir(file), "gone", "disk.qcow2"))
+	c.sh("echo later > /later; sync")                                                         // the file systems are thawed
+	c.sh("setsid sh -c 'sleep 1; kill $(cat /run/qemu-ga.pid)' </dev/null >/dev/null 2>&1 &") // the agent that runs this
+	c.until("the guest agent has ended", func() bool { return !strings.Contains(c.vm("show", c.id), "guest agent") })
+	if said := c.vm("clone", c.id, filepath.Join(filepath.Dir(file), "other.qcow2")); !strings.Contains(said, "as after a power cut") {
+		t.Errorf("without an agent clone says %q", said)
+	}
+	c.pod.remove()
+	const name = "vmruntime.test/clone:1"
+	cmd := exec.CommandContext(ctx, b.program, "--config", filepath.Join(b.Root, "vmruntime", "vmruntime.toml"), "image", "import", file, name)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("image import: %v\n%s", err, out)
+	}
+	clone := b.vmPod(ctx, t, sized(192<<20)).start(of("machine", name)).up(2)
+	if got := clone.sh("cat /cloned; ls /later 2>&1 || true"); !strings.HasPrefix(got, "cloned\n") || !strings.Contains(got, "No such file") {
+		t.Errorf("the clone has %q", got)
+	}
+}
+
 // The console on a terminal: raw, with what was before, ended by the escape.
 func TestVMConsole(t *testing.T) {
 	ctx, b := use(t)
