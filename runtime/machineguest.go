@@ -24,6 +24,8 @@ const (
 	portPoll = 2 * time.Second
 	// askTimeout bounds a question to QEMU or to a guest agent that is there.
 	askTimeout = 10 * time.Second
+	// poweroffPoll is how often a machine that is to stop is asked to shut down.
+	poweroffPoll = 5 * time.Second
 	// quitTimeout bounds how long QEMU may take to flush its disks and end.
 	quitTimeout = 20 * time.Second
 	// consoleKept is how much of a machine's console is kept for `vmruntime vm console`, in bytes.
@@ -304,17 +306,31 @@ func (c *container) stopMachine(ctx context.Context, grace time.Duration) error 
 	if g != nil && grace > 0 {
 		wait, cancel := context.WithTimeout(ctx, grace)
 		defer cancel()
-		g.askPoweroff(wait)
-		select {
-		case <-c.exited:
+		if c.poweredOff(wait, g) {
 			return nil
-		case <-wait.Done():
 		}
 		if err := ctx.Err(); err != nil {
 			return fmt.Errorf("container %s: the request ended before the grace period: %w", c.id, err)
 		}
 	}
 	return c.killMachine(ctx)
+}
+
+// poweredOff asks the machine to shut down, again and again: one that still boots hears nothing of what it is asked. False is the end of
+// the context.
+func (c *container) poweredOff(ctx context.Context, g *guest) bool {
+	tick := time.NewTicker(poweroffPoll)
+	defer tick.Stop()
+	for {
+		g.askPoweroff(ctx)
+		select {
+		case <-c.exited:
+			return true
+		case <-tick.C:
+		case <-ctx.Done():
+			return false
+		}
+	}
 }
 
 // askPoweroff asks by the first way that takes the request: an agent, then the power button. One that has begun to shut down does not

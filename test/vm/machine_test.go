@@ -188,6 +188,24 @@ func TestMachineEnds(t *testing.T) {
 	}
 }
 
+// A machine that is told to stop while it boots shuts down as soon as it can, long before its time is over.
+func TestMachineStopsWhileItBoots(t *testing.T) {
+	ctx, b := use(t)
+	c := b.machinePod(ctx, t, images.Tiny).start(of("machine", images.Tiny))
+	if text := c.text(); strings.Contains(text, "tiny: up") {
+		t.Fatal("the machine has booted already: the test shows nothing")
+	}
+	const grace = 240
+	began := time.Now()
+	c.stop(grace)
+	if s := c.wait(); s.GetExitCode() != 0 || s.GetReason() != "Completed" {
+		t.Errorf("exit code %d, %s %s; want 0, Completed", s.GetExitCode(), s.GetReason(), s.GetMessage())
+	}
+	if took := time.Since(began); took > grace/2*time.Second {
+		t.Errorf("it took %s", took)
+	}
+}
+
 // The console is the log: whole and in order, also when it floods and the daemon is killed meanwhile, over rotation.
 func TestMachineConsole(t *testing.T) {
 	ctx, b := use(t)
