@@ -15,36 +15,40 @@ import (
 	"github.com/vmruntime/vmruntime/test/images"
 )
 
-const hugePool = "/sys/kernel/mm/hugepages/hugepages-2048kB/"
+// The kernel's pools of huge pages.
+const (
+	hugePool = "/sys/kernel/mm/hugepages/hugepages-2048kB/"
+	gibPool  = "/sys/kernel/mm/hugepages/hugepages-1048576kB/"
+)
 
 // hugePagesTaken is held by the test that has changed how many huge pages the node has.
 var hugePagesTaken sync.Mutex
 
-// reserveHugePages gives the node so many more huge pages of 2 MiB for the time of the test, and tells how many are free.
-func reserveHugePages(t *testing.T, want int) int {
+// reserveHugePages gives a pool of the node so many more pages for the time of the test, and tells how many are free.
+func reserveHugePages(t *testing.T, pool string, want int) int {
 	t.Helper()
 	hugePagesTaken.Lock()
 	t.Cleanup(hugePagesTaken.Unlock)
-	const pool = hugePool + "nr_hugepages"
-	before := numberIn(t, pool)
-	if err := os.WriteFile(pool, fmt.Appendf(nil, "%d", before+want), 0o644); err != nil {
+	number := pool + "nr_hugepages"
+	before := numberIn(t, number)
+	if err := os.WriteFile(number, fmt.Appendf(nil, "%d", before+want), 0o644); err != nil {
 		t.Skipf("needs huge pages: %v", err)
 	}
 	t.Cleanup(func() {
-		if err := os.WriteFile(pool, fmt.Appendf(nil, "%d", before), 0o644); err != nil {
+		if err := os.WriteFile(number, fmt.Appendf(nil, "%d", before), 0o644); err != nil {
 			t.Error(err)
 		}
 	})
-	free := freeHugePages(t)
+	free := freeHugePages(t, pool)
 	if free < want {
-		t.Skipf("needs %d free huge pages of 2 MiB, the kernel finds %d", want, free)
+		t.Skipf("needs %d free pages in %s, the kernel finds %d", want, pool, free)
 	}
 	return free
 }
 
-func freeHugePages(t *testing.T) int {
+func freeHugePages(t *testing.T, pool string) int {
 	t.Helper()
-	return numberIn(t, hugePool+"free_hugepages")
+	return numberIn(t, pool+"free_hugepages")
 }
 
 func numberIn(t *testing.T, file string) (n int) {
@@ -87,12 +91,12 @@ func mountHuge(t *testing.T, dir, page string) error {
 // A pod's huge pages are the node's, beside its memory; each container has as many as its limit says.
 func TestHugePages(t *testing.T) {
 	ctx, b := use(t)
-	had := reserveHugePages(t, 32)
+	had := reserveHugePages(t, hugePool, 32)
 	p := b.vmPod(ctx, t, func(cfg *runtimeapi.PodSandboxConfig) {
 		cfg.Linux.Resources = hugeLimits(64)
 		cfg.Linux.Resources.MemoryLimitInBytes = 128 << 20
 	})
-	if got := had - freeHugePages(t); got != 32 {
+	if got := had - freeHugePages(t, hugePool); got != 32 {
 		t.Errorf("the VM has %d huge pages of the node, want 32", got)
 	}
 	c := p.start(withPages("c", 16)).ready("ready")
@@ -130,13 +134,13 @@ func TestHugePages(t *testing.T) {
 	c.wait()
 	p.start(withPages("again", 64)).ready("ready").expect("/pages 67108864", "32 pages")
 	p.remove()
-	p.until("the pages are given back", func() bool { return freeHugePages(t) == had })
+	p.until("the pages are given back", func() bool { return freeHugePages(t, hugePool) == had })
 }
 
 // An emptyDir of huge pages is one of the guest's, which the pod's containers share.
 func TestHugePageVolumes(t *testing.T) {
 	ctx, b := use(t)
-	reserveHugePages(t, 8)
+	reserveHugePages(t, hugePool, 8)
 	pods := filepath.Join(t.TempDir(), "pods", "uid", "volumes", "kubernetes.io~empty-dir")
 	volume, sub := filepath.Join(pods, "huge"), filepath.Join(pods, "huge", "sub")
 	if err := mountHuge(t, volume, "2M"); err != nil {

@@ -410,11 +410,34 @@ func TestMachineKernelBoot(t *testing.T) {
 	c.typed("info | grep cmdline", "cmdline=console=ttyS0 quiet no_timer_check made=here")
 }
 
-// A watchdog that nobody feeds ends the machine if that is asked.
+// What a watchdog that nobody feeds does is what was asked.
 func TestMachineWatchdog(t *testing.T) {
-	ctx, b := use(t)
-	c := b.machine(ctx, t, images.Tiny, annotated("watchdog", "poweroff"))
-	c.sh("starve")
+	for action, check := range map[string]func(*testing.T, *ctr){
+		"poweroff": endedByWatchdog,
+		"reset":    func(_ *testing.T, c *ctr) { c.up(2) },
+		"inject-nmi": func(_ *testing.T, c *ctr) {
+			c.until("the kernel tells of the NMI", func() bool { return strings.Contains(c.sh("dmesg"), "NMI received") })
+			c.says("info", "boots=1")
+		},
+	} {
+		t.Run(action, func(t *testing.T) {
+			ctx, b := use(t)
+			c := b.machine(ctx, t, images.Tiny, annotated("watchdog", action))
+			c.says("starve", "watchdog armed")
+			check(t, c)
+			if running := c.status().GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING; running != (action != "poweroff") {
+				t.Errorf("the container's state is %s", c.status().GetState())
+			}
+		})
+	}
+	t.Run("none", func(t *testing.T) {
+		ctx, b := use(t)
+		b.machine(ctx, t, images.Tiny, annotated("watchdog", "none")).says("starve || true", "no watchdog")
+	})
+}
+
+func endedByWatchdog(t *testing.T, c *ctr) {
+	t.Helper()
 	if s := c.wait(); s.GetExitCode() == 0 || s.GetReason() != "GuestFailed" || !strings.Contains(s.GetMessage(), "watchdog") {
 		t.Errorf("after the watchdog: exit code %d, %s %s; want another than 0, GuestFailed, the watchdog", s.GetExitCode(), s.GetReason(), s.GetMessage())
 	}

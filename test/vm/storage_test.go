@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -327,7 +328,7 @@ func TestMachineShares(t *testing.T) {
 func TestMachineHugePages(t *testing.T) {
 	ctx, b := use(t)
 	const want = 112
-	had := reserveHugePages(t, want)
+	had := reserveHugePages(t, hugePool, want)
 	p := b.machinePod(ctx, t, images.Tiny)
 	huge := func(attempt uint32, limits ...*runtimeapi.HugepageLimit) *runtimeapi.ContainerConfig {
 		return with(volumes(attempt), func(c *runtimeapi.ContainerConfig) {
@@ -342,11 +343,38 @@ func TestMachineHugePages(t *testing.T) {
 	_, err = p.tryCreate(huge(2, &runtimeapi.HugepageLimit{PageSize: "2MB", Limit: 3 << 20}))
 	refused(t, err, codes.InvalidArgument, "3145728", "multiple")
 	c := p.start(huge(3, two)).up(1)
-	if got := had - freeHugePages(t); got != want {
+	if got := had - freeHugePages(t, hugePool); got != want {
 		t.Errorf("the machine has %d huge pages, want %d", got, want)
 	}
 	c.stop(30)
-	c.until("the pages are given back", func() bool { return freeHugePages(t) == had })
+	c.until("the pages are given back", func() bool { return freeHugePages(t, hugePool) == had })
+}
+
+// As those of 2 MiB, where the node has pages of 1 GiB.
+func TestMachineGigabytePages(t *testing.T) {
+	ctx, b := use(t)
+	if _, err := os.Stat(gibPool); err != nil {
+		t.Skipf("the kernel has no huge pages of 1 GiB: %v", err)
+	}
+	had := reserveHugePages(t, gibPool, 1)
+	p := b.machinePod(ctx, t, images.Tiny)
+	huge := func(attempt uint32, bytes uint64) *runtimeapi.ContainerConfig {
+		return with(volumes(attempt), func(c *runtimeapi.ContainerConfig) {
+			c.Linux.Resources = &runtimeapi.LinuxContainerResources{HugepageLimits: []*runtimeapi.HugepageLimit{{PageSize: "1GB", Limit: bytes}, {PageSize: "2MB"}}}
+		})
+	}
+	_, err := p.tryCreate(huge(0, 3<<29))
+	refused(t, err, codes.InvalidArgument, "hugepage_limits 1GB is 1610612736", "multiple")
+	refused(t, p.create(huge(1, 1<<50)).tryStart(), codes.ResourceExhausted, "1048576 KiB", "nr_hugepages")
+	c := p.start(huge(2, gib)).up(1)
+	if got := had - freeHugePages(t, gibPool); got != 1 {
+		t.Errorf("the machine has %d pages of 1 GiB, want 1", got)
+	}
+	if kib, _ := strconv.Atoi(strings.TrimSpace(c.sh("sed -n 's/^MemTotal: *\\([0-9]*\\).*/\\1/p' /proc/meminfo"))); kib < 900<<10 || kib > 1<<20 {
+		t.Errorf("the machine has %d KiB, want those of the page", kib)
+	}
+	c.stop(30)
+	c.until("the page is given back", func() bool { return freeHugePages(t, gibPool) == had })
 }
 
 // A guest cannot write more than its root disk has; what it wrote is counted.
