@@ -175,16 +175,18 @@ volumes: [{name: d, emptyDir: {}}]`)
 // Memory that a container, or a pod as a whole, may not use ends the container that wants it, and tells why.
 func TestOOM(t *testing.T) {
 	eachRuntime(t, func(t *testing.T, n *namespace) {
-		n.create(t, "container", `
+		// A kernel refuses at once what is more than all of its memory, and kills no one.
+		const grow = `BEGIN { s = sprintf("%1000000s", ""); while (1) a[n++] = s n }`
+		n.create(t, "container", strings.ReplaceAll(`
 restartPolicy: Never
 containers:
-- {name: main, image: BUSYBOX, command: [dd, if=/dev/zero, of=/dev/null, bs=400M, count=1], resources: {limits: {memory: 64Mi}}}
-- {name: other, image: BUSYBOX, command: [sleep, "1000000"], resources: {limits: {memory: 64Mi}}}`)
-		n.create(t, "pod", `
+- {name: main, image: BUSYBOX, command: [awk, 'GROW'], resources: {limits: {memory: 64Mi}}}
+- {name: other, image: BUSYBOX, command: [sleep, "1000000"], resources: {limits: {memory: 64Mi}}}`, "GROW", grow))
+		n.create(t, "pod", strings.ReplaceAll(`
 restartPolicy: Never
 resources: {limits: {memory: 128Mi}}
 containers:
-- {name: main, image: BUSYBOX, command: [dd, if=/dev/zero, of=/dev/null, bs=900M, count=1]}`)
+- {name: main, image: BUSYBOX, command: [awk, 'GROW']}`, "GROW", grow))
 		for _, name := range []string{"container", "pod"} {
 			pod := n.awaitPod(t, name, "have a container that ended", func(p *corev1.Pod) bool {
 				return len(p.Status.ContainerStatuses) > 0 && status(t, p, "main").State.Terminated != nil
