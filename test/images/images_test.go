@@ -1,6 +1,7 @@
 package images
 
 import (
+	"crypto/tls"
 	"testing"
 
 	"github.com/vmruntime/vmruntime/test/tools"
@@ -46,5 +47,18 @@ func TestBuildTwice(t *testing.T) {
 		if a != b {
 			t.Errorf("image %s: digest %s, then %s", ref, a, b)
 		}
+	}
+}
+
+func TestLocalhostCertificate(t *testing.T) {
+	cert, key, err := localhostCertificate()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tls.X509KeyPair([]byte(cert), []byte(key)); err != nil {
+		t.Error(err)
+	}
+	if again, _, err := localhostCertificate(); err != nil || again != cert {
+		t.Errorf("a second certificate differs from the first (error %v)", err)
 	}
 }

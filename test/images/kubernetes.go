@@ -1,12 +1,18 @@
 package images
 
 import (
+	"crypto/ed25519"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
 	"fmt"
 	"maps"
+	"math/big"
 	"net/http"
 	"os"
 	"path"
 	"path/filepath"
+	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
@@ -105,6 +111,12 @@ func (d *debs) agnhost(base v1.Layer) (v1.Image, error) {
 	}
 	fs.file("agnhost", 0o755, string(program))
 	fs.hardlink("agnhost-2", "agnhost")
+	cert, key, err := localhostCertificate()
+	if err != nil {
+		return nil, err
+	}
+	fs.file("localhost.crt", 0o644, cert)
+	fs.file("localhost.key", 0o644, key)
 	fs.dir("uploads", 0o755)
 	fs.file("etc/passwd", 0o644, "root:x:0:0:root:/root:/bin/sh\nuser-defined-in-image:x:1000:1000::/home:/bin/sh\nnobody:x:65534:65534:nobody:/home:/bin/false\n")
 	fs.file("etc/group", 0o644, "root:x:0:\nuser-defined-in-image:x:1000:\ngroup-defined-in-image:x:50000:user-defined-in-image\nnogroup:x:65534:\n")
@@ -113,4 +125,25 @@ func (d *debs) agnhost(base v1.Layer) (v1.Image, error) {
 		return nil, err
 	}
 	return image(v1.Config{Entrypoint: []string{"/agnhost"}, Cmd: []string{"pause"}}, base, layer)
+}
+
+// localhostCertificate is for servers whose clients verify nothing. It is the same each time.
+func localhostCertificate() (cert, key string, err error) {
+	private := ed25519.NewKeyFromSeed(make([]byte, ed25519.SeedSize))
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "localhost"}, DNSNames: []string{"localhost"},
+		NotBefore: time.Unix(0, 0), NotAfter: time.Date(2100, 1, 1, 0, 0, 0, 0, time.UTC),
+	}
+	certDER, err := x509.CreateCertificate(nil, template, template, private.Public(), private)
+	if err != nil {
+		return "", "", err
+	}
+	keyDER, err := x509.MarshalPKCS8PrivateKey(private)
+	if err != nil {
+		return "", "", err
+	}
+	encode := func(kind string, der []byte) string {
+		return string(pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}))
+	}
+	return encode("CERTIFICATE", certDER), encode("PRIVATE KEY", keyDER), nil
 }
