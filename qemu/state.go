@@ -70,7 +70,8 @@ func (v *VM) prepareMigration(ctx context.Context, skipMemory bool) error {
 	if err := v.mon.Execute(ctx, "migrate-set-capabilities", props{"capabilities": capabilities}, nil); err != nil {
 		return err
 	}
-	return v.mon.Execute(ctx, "migrate-set-parameters", props{"max-bandwidth": int64(stateBandwidth)}, nil)
+	// No announcements: the hardware addresses in a state are those of a template, or of a pod that may still be there.
+	return v.mon.Execute(ctx, "migrate-set-parameters", props{"max-bandwidth": int64(stateBandwidth), "announce-rounds": 0}, nil)
 }
 
 // migrateThrough lets a command work on one end of a pipe and move on the other, until QEMU says how it went.

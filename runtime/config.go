@@ -187,7 +187,7 @@ func defaultConfig(goarch string) Config {
 			UIDBase:  200000,
 			UIDCount: 65536,
 		},
-		Template: TemplateConfig{Share: shareOff, MaxSize: 2 << 30},
+		Template: TemplateConfig{Enabled: true, Share: shareOff, MaxSize: 2 << 30},
 		Guest:    GuestConfig{Dir: "/usr/lib/vmruntime/guest"},
 		Network:  NetworkConfig{ConfDir: "/etc/cni/net.d", BinDirs: []string{"/opt/cni/bin"}},
 		Cgroup:   CgroupConfig{Driver: "auto"},

@@ -146,6 +146,7 @@ func (c *container) start(ctx context.Context) error {
 	c.pod.watchProjections(c)
 	c.rt.containerEvent(c, runtimeapi.ContainerEventType_CONTAINER_STARTED_EVENT)
 	c.watch(g)
+	c.pod.wantTemplate(ctx)
 	return nil
 }
 

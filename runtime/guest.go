@@ -218,11 +218,11 @@ func (p *pod) explainEnd(err error) error {
 	return err
 }
 
-// judgeTemplate gives up the template of a guest that ends without having answered.
+// judgeTemplate gives up the template of a guest that ends without having answered, unless it was told to end.
 func (g *guest) judgeTemplate() {
 	key := g.pod.rec.Status().Guest.Template
 	g.mu.Lock()
-	g.badCopy = key != "" && !g.answered && !g.began.IsZero()
+	g.badCopy = key != "" && !g.answered && !g.began.IsZero() && !g.told.Load()
 	bad := g.badCopy
 	g.mu.Unlock()
 	if bad {

@@ -180,6 +180,21 @@ func (p *pod) boot(ctx context.Context, sharing bool) (*guest, error) {
 	return p.launch(ctx, machine, nil, nil)
 }
 
+// wantTemplate has one made for the next pods like this one, if its guest had to boot: now that a container runs, which tells that the pod
+// is none of a machine, and that the guest needs the node's processors no more.
+func (p *pod) wantTemplate(ctx context.Context) {
+	s := p.rec.Status()
+	if s.Guest.Template != "" {
+		return
+	}
+	machine, err := p.machine(ctx, s)
+	if err != nil {
+		p.log.Debug("no template is made", "error", err)
+		return
+	}
+	p.rt.templates.want(machine, p.config().GetMetadata().GetNamespace())
+}
+
 func (p *pod) makeRunDir() error { return os.MkdirAll(p.runDir(), 0o711) }
 
 // launch runs QEMU; parts are what stands beside it, nil for a guest of ours, which may begin as a template. On error they stay

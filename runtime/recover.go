@@ -72,9 +72,7 @@ func (rt *Runtime) firstTemplate() {
 	m := rt.guestImage.machine(accel.Accel)
 	m.VCPUs, m.MemoryBytes = rt.cfg.VM.size(nil)
 	m.NICs = make([]qemu.NIC, 1)
-	if t := rt.templates.take(m, ""); t != nil {
-		_ = t.Close() // only read
-	}
+	rt.templates.want(m, "")
 }
 
 // loadRecords reads all records and reserves their names. Broken ones are named.

@@ -129,33 +129,50 @@ func shape(m qemu.Machine) qemu.Machine {
 	return m
 }
 
-// take gives a template for the machine of a pod in the namespace, which the caller closes; nil if there is none yet. Then one is
-// made or loaded meanwhile. Memory of huge pages cannot be a copy, so a machine with some has none.
+// take gives a template for the machine of a pod in the namespace, which the caller closes; nil if there is none yet.
 func (t *templates) take(m qemu.Machine, namespace string) *template {
-	if !t.cfg.Enabled || m.HugeNodeBytes > 0 {
+	_, scope, ok := t.find(shape(m), namespace)
+	if !ok {
 		return nil
-	}
-	m = shape(m)
-	key, err := t.identity.key(t.ctx, m)
-	if err != nil {
-		t.log.Warn("no template: what it depends on cannot be read", "error", err)
-		return nil
-	}
-	scope := key
-	if t.cfg.Share == shareNamespace {
-		scope += "/" + namespace
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if have := t.loaded[scope]; have != nil {
-		have.used = time.Now()
-		return t.lend(have)
+	have := t.loaded[scope]
+	if have == nil {
+		return nil
 	}
-	if !t.busy[scope] && time.Since(t.failed[key]) > templateRetry && t.ctx.Err() == nil {
-		t.busy[scope] = true
-		t.work.Go(func() { t.provide(m, key, scope) })
+	have.used = time.Now()
+	return t.lend(have)
+}
+
+// want has a template made or loaded for such machines, unless there is one. It does not wait.
+func (t *templates) want(m qemu.Machine, namespace string) {
+	m = shape(m)
+	key, scope, ok := t.find(m, namespace)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if !ok || t.loaded[scope] != nil || t.busy[scope] || time.Since(t.failed[key]) < templateRetry || t.ctx.Err() != nil {
+		return
 	}
-	return nil
+	t.busy[scope] = true
+	t.work.Go(func() { t.provide(m, key, scope) })
+}
+
+// find gives the key of a shape, and with it the scope in which the memory is shared. Memory of huge pages cannot be a copy, so a machine
+// with some has no template.
+func (t *templates) find(shape qemu.Machine, namespace string) (key, scope string, ok bool) {
+	if !t.cfg.Enabled || shape.HugeNodeBytes > 0 {
+		return "", "", false
+	}
+	key, err := t.identity.key(t.ctx, shape)
+	if err != nil {
+		t.log.Warn("no template: what it depends on cannot be read", "error", err)
+		return "", "", false
+	}
+	if t.cfg.Share == shareNamespace {
+		return key, key + "/" + namespace, true
+	}
+	return key, key, true
 }
 
 // lend gives a template of its own to somebody who closes it. The caller holds mu.
@@ -192,6 +209,9 @@ func (t *templates) provide(m qemu.Machine, key, scope string) {
 func (t *templates) loadOrMake(m qemu.Machine, key string) (*template, error) {
 	have, err := t.load(key)
 	if err == nil {
+		if err := t.fits(have.data); err != nil {
+			return nil, errors.Join(err, have.Close())
+		}
 		return have, nil
 	}
 	if !errors.Is(err, fs.ErrNotExist) {
@@ -231,8 +251,8 @@ func (t *templates) build(m qemu.Machine, key string) (err error) {
 	if err = errors.Join(err, file.Close()); err != nil {
 		return err
 	}
-	if man.DataBytes > int64(t.cfg.MaxSize) {
-		return fmt.Errorf("it has %d bytes; template.max_size is %s: %w", man.DataBytes, t.cfg.MaxSize, errdefs.ErrResourceExhausted)
+	if err := t.fits(man.DataBytes); err != nil {
+		return err
 	}
 	text, err := json.Marshal(man)
 	if err != nil {
@@ -247,6 +267,14 @@ func (t *templates) build(m qemu.Machine, key string) (err error) {
 	}
 	t.log.Info("a template is made", "template", key, "vcpus", m.VCPUs, "memory", m.MemoryBytes, "data", man.DataBytes, "took", time.Since(begin))
 	return t.evictStored(key)
+}
+
+// fits refuses a template that is alone too large.
+func (t *templates) fits(data int64) error {
+	if data > int64(t.cfg.MaxSize) {
+		return fmt.Errorf("it has %d bytes; template.max_size is %s: %w", data, t.cfg.MaxSize, errdefs.ErrResourceExhausted)
+	}
+	return nil
 }
 
 // load reads a template into memory that cannot be changed any more. One that is not what its manifest says is removed.

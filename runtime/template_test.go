@@ -71,6 +71,7 @@ func (b *templateBed) get(vcpus int, namespace string) *template {
 	b.t.Helper()
 	have := b.take(b.machine(vcpus), namespace)
 	if have == nil {
+		b.want(b.machine(vcpus), namespace)
 		b.work.Wait()
 		have = b.take(b.machine(vcpus), namespace)
 	}
@@ -96,7 +97,7 @@ func enabled() TemplateConfig {
 func TestTemplateIsMadeOnceAndSealed(t *testing.T) {
 	b := newTemplateBed(t, enabled())
 	if b.take(b.machine(1), "a") != nil {
-		t.Fatal("the first pod waited for a template")
+		t.Fatal("there is a template that nobody has made")
 	}
 	have := b.get(1, "b")
 	if have == nil || string(have.state) != "state" || have.data != 2*pageBytes {

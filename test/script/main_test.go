@@ -206,6 +206,8 @@ func (b *bed) startNode(ctx context.Context) error {
 	b.config, err = setKeys(base, map[string]map[string]any{
 		"qemu": {"binary": b.qemu(), "uid_base": 300000}, "network": {"bin_dirs": []string{b.cniDir()}},
 		"vm": {"scratch_size": "16MiB"},
+		// The scripts tell all that a VM is asked.
+		"template": {"enabled": false},
 	})
 	if err != nil {
 		return err

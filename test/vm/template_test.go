@@ -7,12 +7,18 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/vmruntime/vmruntime/test/images"
 )
 
 // guestInfo is what a verbose status tells of a pod's guest.
@@ -37,13 +43,13 @@ func (p *pod) guestInfo() guestInfo {
 	return info.Guest
 }
 
-// withTemplates has the node's daemon begin pods as templates for the time of the test, and waits until it does.
-func (b *bed) withTemplates(ctx context.Context, t *testing.T) {
+// withTemplates has the node's daemon begin pods as templates, shared so, for the time of the test, and waits until it does.
+func (b *bed) withTemplates(ctx context.Context, t *testing.T, share string) {
 	t.Helper()
 	config := filepath.Join(b.Root, "vmruntime", "vmruntime.toml")
 	before := readFile(config)
 	from := fileSize(b.LogFile("vmruntime"))
-	b.configure(ctx, t, config, before+"\n[template]\nenabled = true\n")
+	b.configure(ctx, t, config, fmt.Sprintf("%s\n[template]\nenabled = true\nshare = %q\n", before, share))
 	t.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
 		defer cancel()
@@ -72,29 +78,25 @@ func (b *bed) awaitTemplate(ctx context.Context, t *testing.T, from int64) {
 
 const clones = 50
 
-// What must differ from clone to clone: what the kernel's random generator gives, and what derives from it.
-const identity = `
-for f in /proc/sys/kernel/random/uuid /proc/sys/kernel/random/boot_id /sys/class/net/eth0/address; do echo $f $(cat $f); done
-echo random $(head -c 16 /dev/urandom | od -An -tx1 | tr -d ' ')
-echo stack $(grep stack /proc/self/maps | cut -d' ' -f1)
-echo mmap $(head -n1 /proc/self/maps | cut -d' ' -f1) $(grep vdso /proc/self/maps | cut -d' ' -f1)
-echo hostname $(hostname)
-echo address $(ip -4 -o addr show eth0 | awk '{print $4}')
-echo time $(date +%s)
-`
+// clone is one guest of TestNoTwins.
+type clone struct {
+	values    []string // lines of a name and a value
+	sequences []uint32 // what its initial sequence numbers of TCP have from its secret, for two connections
+}
 
+// TestNoTwins compares what must differ from clone to clone.
 func TestNoTwins(t *testing.T) {
 	_, b := use(t)
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute) // many pods, each of which has its time
+	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Minute) // many pods, each of which has its time
 	t.Cleanup(cancel)
-	b.withTemplates(ctx, t)
-	var mu sync.Mutex
-	seen := make(map[string]int) // line to clone
+	b.withTemplates(ctx, t, "off")
+	var all [clones]clone
 	for batch := range clones / 5 {
 		var work sync.WaitGroup
 		for i := range 5 {
+			number := batch*5 + i
 			p := b.vmPod(ctx, t, func(cfg *runtimeapi.PodSandboxConfig) {
-				cfg.Metadata.Name = fmt.Sprintf("clone-%d", batch*5+i)
+				cfg.Metadata.Name = fmt.Sprintf("clone-%d", number)
 				cfg.Hostname = cfg.Metadata.Name
 			})
 			work.Go(func() {
@@ -102,30 +104,156 @@ func TestNoTwins(t *testing.T) {
 				if g := p.guestInfo(); g.Template == "" {
 					t.Errorf("pod %s did not begin as a template", p.cfg.Metadata.Name)
 				}
-				text := p.output(shell("identity", identity))
-				mu.Lock()
-				defer mu.Unlock()
-				for line := range strings.Lines(text) {
-					if key, value, _ := strings.Cut(strings.TrimSpace(line), " "); value == "" {
-						t.Errorf("no %s", key)
-					} else if other, twin := seen[line]; twin && key != "time" {
-						t.Errorf("clones %d and %d have the same %s", other, batch*5+i, line)
-					}
-					seen[line] = batch*5 + i
-				}
+				all[number] = p.identity()
 			})
 		}
 		work.Wait()
 	}
-	if len(seen) < clones*8 {
-		t.Errorf("only %d values of %d clones were compared", len(seen), clones)
+	seen := make(map[string]int) // line to clone
+	for i, c := range all {
+		for _, line := range c.values {
+			if other, twin := seen[line]; twin {
+				t.Errorf("clones %d and %d have the same %s", other, i, line)
+			}
+			seen[line] = i
+		}
+		for j, other := range all[:i] {
+			if near(c.sequences[0], other.sequences[0]) && near(c.sequences[1], other.sequences[1]) {
+				t.Errorf("clones %d and %d have one secret of TCP's sequence numbers: %d and %d", j, i, other.sequences, c.sequences)
+			}
+		}
 	}
+}
+
+// identity runs what tells who the guest is.
+func (p *pod) identity() (out clone) {
+	p.t.Helper()
+	text := p.output(with(of("identity", images.Server), func(c *runtimeapi.ContainerConfig) { c.Args = []string{"identity"} }))
+	for line := range strings.Lines(text) {
+		name, value, _ := strings.Cut(strings.TrimSpace(line), " ")
+		if name != "sequence" {
+			out.values = append(out.values, name+" "+value)
+			continue
+		}
+		n, err := strconv.ParseUint(value, 10, 32)
+		if err != nil {
+			p.t.Error(err)
+		}
+		out.sequences = append(out.sequences, uint32(n))
+	}
+	if len(out.values) != 8 || len(out.sequences) != 2 {
+		p.t.Errorf("of itself the guest says %q", text)
+		out.sequences = make([]uint32, 2)
+	}
+	return out
+}
+
+// near tells whether two sequence numbers less their clock could come from one secret: what they tell of the clock is right to
+// some microseconds, and a unit is 64 ns.
+func near(a, b uint32) bool { return a-b < 1<<18 || b-a < 1<<18 }
+
+// What the pods of each scope share of a template's memory, that a pod with a volume of the node gets one, and that what began as a
+// template can be checkpointed and restored.
+func TestTemplateShare(t *testing.T) {
+	_, b := use(t)
+	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Minute) // three daemons, many pods
+	t.Cleanup(cancel)
+	for _, tc := range []struct {
+		share            string
+		private          bool
+		same, namespaces bool // whether the memory of two pods of one namespace is one file, and of two namespaces
+	}{{"off", false, false, false}, {"namespace", true, true, false}, {"node", true, true, true}} {
+		t.Run(tc.share, func(t *testing.T) { b.templateShare(ctx, t, tc.share, tc.private, tc.same, tc.namespaces) })
+	}
+}
+
+func (b *bed) templateShare(ctx context.Context, t *testing.T, share string, private, same, namespaces bool) {
+	b.withTemplates(ctx, t, share)
+	one, two, other := b.templatePod(ctx, t, "a"), b.templatePod(ctx, t, "a"), b.templatePod(ctx, t, "b")
+	for _, p := range []*pod{one, two, other} {
+		if g := p.guestInfo(); g.PrivateMemory != private {
+			t.Errorf("private memory: %v", g.PrivateMemory)
+		}
+	}
+	file := one.memoryFile()
+	if (file == two.memoryFile()) != same || (file == other.memoryFile()) != namespaces {
+		t.Errorf("the memory is of the files %s, %s and, in another namespace, %s", file, two.memoryFile(), other.memoryFile())
+	}
+	other.remove()
+
+	// A volume of the node: from the first container on always, later only where the memory is the VM's own.
+	host := t.TempDir()
+	writeFile(t, filepath.Join(host, "file"), "of the node\n")
+	shared := with(shell("volume", "cat /volume/file"), func(c *runtimeapi.ContainerConfig) { c.Mounts = []*runtimeapi.Mount{mount("/volume", host)} })
+	if got := two.output(shared); got != "of the node\n" {
+		t.Errorf("the first container has read %q", got)
+	}
+	if g := two.guestInfo(); g.Template == "" || g.PrivateMemory {
+		t.Errorf("with a volume the guest is %+v", g)
+	}
+	two.remove()
+
+	count := one.start(counter("count")).ready(" 50\n")
+	dir := one.checkpoint(count)
+	r, ctrs := b.restore(ctx, t, dir, b.podConfig(t, func(c *runtimeapi.PodSandboxConfig) { c.Metadata.Name += "-restored" }), proto.CloneOf(count.cfg))
+	ctrs[0].start()
+	r.until("the restored counter goes on", func() bool { return len(ctrs[0].numbers()) > 20 })
+	consecutive(t, "restored", ctrs[0].numbers())
+	r.remove()
+	at := len(count.numbers())
+	one.until("the checkpointed pod goes on", func() bool { return len(count.numbers()) > at+20 })
+	late := one.create(shared)
+	_, err := b.rt.StartContainer(ctx, &runtimeapi.StartContainerRequest{ContainerId: late.id})
+	if private {
+		if status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "template.share") {
+			t.Errorf("a volume beside a container that runs: %v", err)
+		}
+	} else if err != nil {
+		t.Errorf("a volume beside a container that runs: %v", err)
+	}
+	one.remove()
+}
+
+// templatePod runs a pod in a namespace that begins as a template. There may be none yet for the namespace: then it is loaded when the
+// first container runs.
+func (b *bed) templatePod(ctx context.Context, t *testing.T, namespace string) *pod {
+	t.Helper()
+	var p *pod
+	until(ctx, t, "a pod begins as a template", func() bool {
+		p = b.vmPod(ctx, t, func(c *runtimeapi.PodSandboxConfig) {
+			c.Metadata.Namespace = namespace
+			c.Metadata.Name += fmt.Sprint("-", time.Now().UnixNano())
+		})
+		if p.guestInfo().Template != "" {
+			return true
+		}
+		p.output(shell("first", "true"))
+		p.remove()
+		return false
+	})
+	return p
+}
+
+// memoryFile is the file that the guest's memory is mapped from, as the inode in /proc/PID/maps.
+func (p *pod) memoryFile() string {
+	p.t.Helper()
+	var found string
+	for line := range strings.Lines(readFile(fmt.Sprintf("/proc/%d/maps", p.verboseInfo().Guest.QEMU.PID))) {
+		fields := strings.Fields(line)
+		if len(fields) > 5 && (fields[5] == "/memfd:template" || fields[5] == "/memfd:memory") {
+			found = fields[4]
+		}
+	}
+	if found == "" {
+		p.t.Fatal("no mapping of the guest's memory")
+	}
+	return found
 }
 
 // TestTemplateDamaged holds that a daemon that finds a damaged template starts pods all the same, and makes another one.
 func TestTemplateDamaged(t *testing.T) {
 	ctx, b := use(t)
-	b.withTemplates(ctx, t)
+	b.withTemplates(ctx, t, "off")
 	dirs, err := filepath.Glob(filepath.Join(b.Root, "vmruntime", "root", "templates", "*", "memory"))
 	if err != nil || len(dirs) == 0 {
 		t.Fatalf("no templates: %v", err)
@@ -155,7 +283,7 @@ func TestTemplateDamaged(t *testing.T) {
 // TestTemplateHalfMade holds that a daemon that was killed while it made a template leaves nothing that the next one does not end.
 func TestTemplateHalfMade(t *testing.T) {
 	ctx, b := use(t)
-	b.withTemplates(ctx, t)
+	b.withTemplates(ctx, t, "off")
 	b.crash(t)
 	store := filepath.Join(b.Root, "vmruntime", "root", "templates")
 	if err := os.RemoveAll(store); err != nil {

@@ -110,7 +110,7 @@ func TestVMCommands(t *testing.T) {
 
 func checkVMList(t *testing.T, c *ctr) {
 	t.Helper()
-	want := regexp.MustCompile(c.pod.id[:13] + ` +default +testvmcommands +machine +running +1 +256 MiB +` + regexp.QuoteMeta(c.ip()) + ` +\d+s\n`)
+	want := regexp.MustCompile(c.pod.id[:13] + ` +default +testvmcommands +machine +running +1 +256 MiB +` + regexp.QuoteMeta(c.ip()) + ` +(\d+m)?\d+s\n`)
 	if out := c.vm("list"); !want.MatchString(out) {
 		t.Errorf("list says\n%swant a line like %s", out, want)
 	}

@@ -1,6 +1,6 @@
 // Command server is a small web server without any file beside it: the kind of
 // image that has no shell and no libraries. It answers with its hostname, and
-// with what it got on /echo.
+// with what it got on /echo. With the argument identity it tells who the guest is instead.
 package main
 
 import (
@@ -13,6 +13,12 @@ import (
 )
 
 func main() {
+	if len(os.Args) == 2 && os.Args[1] == "identity" {
+		if err := printIdentity(); err != nil {
+			log.Fatal(err)
+		}
+		return
+	}
 	http.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
 		name, err := os.Hostname()
 		if err != nil {
