@@ -24,6 +24,7 @@ var idPattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$`)
 // guards the fields, and is never held over a call.
 type container struct {
 	id     string
+	crunID string // what crun calls it
 	dir    string
 	spec   *specs.Spec
 	pidNS  agentpb.PidNamespace
@@ -119,7 +120,7 @@ func (s *Server) newContainer(req *agentpb.CreateContainerRequest) (*container, 
 		}
 	}
 	c := &container{
-		id: req.Id, dir: filepath.Join(s.containersDir(), req.Id), spec: spec,
+		id: req.Id, crunID: req.Id, dir: filepath.Join(s.containersDir(), req.Id), spec: spec,
 		pidNS: req.PidNamespace, target: req.PidTargetContainer,
 		cgroup: filepath.Join(s.cgroupRoot(), req.Id), execs: make(map[string]*process),
 	}
@@ -221,25 +222,32 @@ func (s *Server) startContainer(ctx context.Context, c *container) error {
 	if err != nil {
 		return err
 	}
-	if err := os.WriteFile(filepath.Join(c.dir, "config.json"), data, 0o600); err != nil {
-		return err
-	}
 	s.loadTables(c.spec.Process)
 	uid, gid := s.owner(c.spec.Process.User.UID, c.spec.Process.User.GID)
-	st, err := c.main.openStreams(s.consolePath(), uid, gid)
-	if err != nil {
-		return err
+	onExit := func(e exit) { s.containerExited(c, e) }
+	if r := s.takePrepared(c.main); r != nil {
+		c.crunID = preparedID
+		err = c.main.follow(s, r.call, r.streams, func() error { return r.finish(ctx, s, data, uid, gid) }, onExit)
+	} else {
+		err = s.runContainer(ctx, c, data, uid, gid, onExit)
 	}
-	call := crunCall{
-		log: filepath.Join(c.dir, "crun.log"), pidFile: filepath.Join(c.dir, "pid"),
-		args: []string{"run", "--detach", "--bundle", c.dir}, last: []string{c.id},
-	}
-	err = c.main.run(ctx, s, call, st, func(e exit) { s.containerExited(c, e) })
 	if err != nil {
 		// A failed run may leave its state and cgroup behind.
 		err = errors.Join(err, s.forgetRun(ctx, c))
 	}
 	return err
+}
+
+// runContainer runs the container by a crun of its own.
+func (s *Server) runContainer(ctx context.Context, c *container, config []byte, uid, gid int, onExit func(exit)) error {
+	if err := os.WriteFile(filepath.Join(c.dir, configName), config, 0o600); err != nil {
+		return err
+	}
+	st, err := c.main.openStreams(s.consolePath(), uid, gid)
+	if err != nil {
+		return err
+	}
+	return c.main.run(ctx, s, runCall(c.dir, c.id), st, onExit)
 }
 
 // adjustSpec sets what only the guest knows. The pod's network, IPC and UTS namespaces are the guest's own, or belong to the pod's
@@ -351,8 +359,8 @@ func (s *Server) killContainer(ctx context.Context, c *container) error {
 
 // forgetRun removes what crun keeps of a container.
 func (s *Server) forgetRun(ctx context.Context, c *container) error {
-	if _, err := os.Stat(filepath.Join(s.opts.CrunRoot, c.id)); err == nil {
-		call := crunCall{log: filepath.Join(c.dir, "crun.log"), args: []string{"delete", "--force"}, last: []string{c.id}}
+	if _, err := os.Stat(filepath.Join(s.opts.CrunRoot, c.crunID)); err == nil {
+		call := crunCall{log: filepath.Join(c.dir, "crun.log"), args: []string{"delete", "--force"}, last: []string{c.crunID}}
 		if err := s.crunQuiet(ctx, call); err != nil {
 			return err
 		}
@@ -417,6 +425,6 @@ func (s *Server) UpdateContainer(ctx context.Context, req *agentpb.UpdateContain
 	if err := os.WriteFile(path, req.Resources, 0o600); err != nil {
 		return nil, err
 	}
-	call := crunCall{log: filepath.Join(c.dir, "crun-update.log"), args: []string{"update", "--resources", path}, last: []string{c.id}}
+	call := crunCall{log: filepath.Join(c.dir, "crun-update.log"), args: []string{"update", "--resources", path}, last: []string{c.crunID}}
 	return &agentpb.Empty{}, s.crunQuiet(ctx, call)
 }

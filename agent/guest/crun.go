@@ -17,6 +17,9 @@ import (
 // nothing is left half made.
 const crunTimeout = 2 * time.Minute
 
+// configName is the specification's file in a bundle.
+const configName = "config.json"
+
 // crunCall is one command line of crun.
 type crunCall struct {
 	// log is the path of crun's log, where errors are.
@@ -32,20 +35,42 @@ type crunCall struct {
 func (s *Server) crun(ctx context.Context, c crunCall, files [3]uintptr) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), crunTimeout)
 	defer cancel()
+	_ = os.Remove(c.log)
+	ended := make(chan exit, 1)
+	pid, err := s.reaper.start(s.crunArgs(c), files[:], nil, func(e exit) { ended <- e })
+	if err != nil {
+		return err
+	}
+	return s.crunEnd(ctx, c, pid, ended)
+}
+
+// crunArgs is the command line, the program first.
+func (s *Server) crunArgs(c crunCall) []string {
 	argv := append([]string{fmt.Sprintf("/proc/self/fd/%d", s.crunFile.Fd()), "--cgroup-manager=cgroupfs", "--root", s.opts.CrunRoot, "--log", c.log}, c.args...)
 	if c.pidFile != "" {
 		argv = append(argv, "--pid-file", c.pidFile)
 	}
-	argv = append(argv, c.last...)
-	_ = os.Remove(c.log)
-	code, err := s.reaper.runProgram(ctx, argv, files[:])
+	return append(argv, c.last...)
+}
+
+// crunEnd waits for the end of a crun, which is killed when ctx ends.
+func (s *Server) crunEnd(ctx context.Context, c crunCall, pid int, ended chan exit) error {
+	code, err := s.reaper.await(ctx, pid, ended)
 	if err != nil {
-		return err
+		return fmt.Errorf("crun %s: %w", c.args[0], err)
 	}
 	if code == 0 {
 		return nil
 	}
 	return fmt.Errorf("crun %s: %s", c.args[0], crunError(c.log, code))
+}
+
+// runCall is the command that makes and starts the container whose bundle is dir.
+func runCall(dir, id string) crunCall {
+	return crunCall{
+		log: filepath.Join(dir, "crun.log"), pidFile: filepath.Join(dir, "pid"),
+		args: []string{"run", "--detach", "--bundle", dir}, last: []string{id},
+	}
 }
 
 // crunQuiet is crun for commands without a process of their own.

@@ -134,7 +134,7 @@ func (s *Server) startExec(ctx context.Context, c *container, p *process, spec *
 	call := crunCall{
 		log: base + ".log", pidFile: base + ".pid",
 		args: []string{"exec", "--detach", "--process", base + ".json", "--cgroup", execPrefix + p.exec},
-		last: []string{c.id},
+		last: []string{c.crunID},
 	}
 	return p.run(ctx, s, call, st, func(e exit) {
 		p.finish(e, oomKills(c.cgroup) > 0)

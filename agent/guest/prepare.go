@@ -23,14 +23,13 @@ const (
 func (s *Server) Prepare(ctx context.Context, _ *agentpb.PrepareRequest) (*agentpb.Empty, error) {
 	s.sandbox.Lock()
 	defer s.sandbox.Unlock()
-	if err := driversFound(ctx); err != nil {
-		return nil, err
-	}
 	if err := loadLazy("virtiofs"); err != nil {
 		return nil, err
 	}
-	// Its pages and those of its libraries are then there.
-	if err := s.crunQuiet(ctx, crunCall{log: filepath.Join(s.opts.Root, "prepare.log"), args: []string{"--version"}}); err != nil {
+	if err := driversFound(ctx); err != nil {
+		return nil, err
+	}
+	if err := s.prepareRun(ctx); err != nil {
 		return nil, err
 	}
 	return &agentpb.Empty{}, zeroFree()

@@ -163,12 +163,17 @@ func (s *streams) terminal() (*os.File, error) {
 // run starts the process by a crun command whose --pid-file is pidFile, and follows it until onExit has
 // been told.
 func (p *process) run(ctx context.Context, s *Server, cr crunCall, st *streams, onExit func(exit)) error {
-	ended := s.reaper.starting()
-	defer ended()
 	if st.console != nil {
 		cr.args = append(cr.args, "--console-socket", st.path)
 	}
-	if err := s.crun(ctx, cr, st.child); err != nil {
+	return p.follow(s, cr, st, func() error { return s.crun(ctx, cr, st.child) }, onExit)
+}
+
+// follow is run with another way to have crun run.
+func (p *process) follow(s *Server, cr crunCall, st *streams, crun func() error, onExit func(exit)) error {
+	ended := s.reaper.starting()
+	defer ended()
+	if err := crun(); err != nil {
 		st.close()
 		return err
 	}

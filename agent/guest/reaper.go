@@ -148,14 +148,23 @@ func (r *reaper) runProgram(ctx context.Context, argv []string, files []uintptr)
 	if err != nil {
 		return 0, err
 	}
+	code, err := r.await(ctx, pid, ended)
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", argv[0], err)
+	}
+	return code, nil
+}
+
+// await waits for the end of a process that was started, which ended tells, and gives its exit code. When ctx ends it is killed.
+func (r *reaper) await(ctx context.Context, pid int, ended chan exit) (int, error) {
 	select {
 	case e := <-ended:
 		return e.code(), nil
 	case <-ctx.Done():
 		if _, err := r.kill(pid, unix.SIGKILL); err != nil {
-			return 0, fmt.Errorf("kill %s: %w", argv[0], err)
+			return 0, fmt.Errorf("kill it: %w", err)
 		}
 		<-ended
-		return 0, fmt.Errorf("%s: %w", argv[0], context.Cause(ctx))
+		return 0, context.Cause(ctx)
 	}
 }

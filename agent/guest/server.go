@@ -70,6 +70,7 @@ type Server struct {
 	mu         sync.Mutex
 	containers map[string]*container
 	pausePID   int
+	prepared   *preparedRun // until the first container has it
 
 	// userns is set once, by ConfigureSandbox, if the pod has one.
 	userns atomic.Pointer[userns]
@@ -148,6 +149,9 @@ func (s *Server) Close() error {
 		return s.closeMachine(ctx)
 	}
 	err := s.removeAll(ctx)
+	if r := s.takePrepared(&process{}); r != nil {
+		err = errors.Join(err, s.endPrepared(r))
+	}
 	s.work.Wait()
 	s.reaper.close()
 	return errors.Join(err, s.crunFile.Close())

@@ -22,6 +22,10 @@ func TestGuest(t *testing.T) {
 	m := bootMachine(t)
 	c := m.dial(t)
 	t.Logf("boot to hello: %s", time.Since(m.started).Round(time.Millisecond))
+	// As in a template: the first container's crun waits already.
+	if _, err := c.Prepare(context.Background(), &agentpb.PrepareRequest{}); err != nil {
+		t.Fatal(err)
+	}
 	configure(t, c)
 	runContainer(t, c, "main", containerSpec("sleep", "1000"), nil)
 	steps := []struct {
