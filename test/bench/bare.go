@@ -51,7 +51,7 @@ func (b *bench) bootBare(ctx context.Context, shape machineShape) (took time.Dur
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	cmd, err := b.bareQEMU(dir, shape)
+	cmd, err := b.bareQEMU(dir, shape, func(*qemu.Machine) {})
 	if err != nil {
 		return 0, err
 	}
@@ -77,8 +77,8 @@ func (b *bench) bootBare(ctx context.Context, shape machineShape) (took time.Dur
 	return took, client.Close()
 }
 
-// bareQEMU prepares the command and all that it inherits.
-func (b *bench) bareQEMU(dir string, shape machineShape) (cmd *exec.Cmd, err error) {
+// bareQEMU prepares the command and all that it inherits, for a machine that is changed first.
+func (b *bench) bareQEMU(dir string, shape machineShape, change func(*qemu.Machine)) (cmd *exec.Cmd, err error) {
 	guest, err := b.manifest()
 	if err != nil {
 		return nil, err
@@ -108,7 +108,9 @@ func (b *bench) bareQEMU(dir string, shape machineShape) (cmd *exec.Cmd, err err
 		Disks:        []qemu.Disk{{Serial: "scratch", Path: filepath.Join(dir, "scratch"), Format: "raw"}},
 		NICs:         []qemu.NIC{{ID: "net0", MAC: "52:54:00:00:00:01", MTU: 1500}},
 		HotplugPorts: 2,
-	}.Defaults()
+	}
+	change(&m)
+	m = m.Defaults()
 	if err := m.Validate(); err != nil {
 		return nil, err
 	}

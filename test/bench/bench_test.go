@@ -2,6 +2,9 @@ package main
 
 import (
 	"encoding/json"
+	"encoding/xml"
+	"errors"
+	"io"
 	"strings"
 	"testing"
 	"time"
@@ -105,6 +108,26 @@ func TestReadFio(t *testing.T) {
 	for _, bad := range []string{"", "fio: no such device", `{"jobs": [{"jobname": "read", "read": {"bw_bytes": 0}}]}`} {
 		if err := readFio(bad, got); err == nil {
 			t.Errorf("readFio takes %q", bad)
+		}
+	}
+}
+
+func TestPlot(t *testing.T) {
+	var p plot
+	p.add("one", durations{100 * time.Millisecond, 300 * time.Millisecond, 200 * time.Millisecond})
+	p.add("other", durations{400 * time.Millisecond})
+	svg := p.svg([]string{"a machine"})
+	if err := xml.Unmarshal([]byte(svg), new(any)); err != nil && !errors.Is(err, io.EOF) {
+		t.Errorf("no XML: %v", err)
+	}
+	for text, times := range map[string]int{"<circle": 4, ">one<": 1, ">other<": 1, `fill="#cc3311">200<`: 1, ">a machine<": 1, `middle" fill="#555">`: 9} {
+		if got := strings.Count(svg, text); got != times {
+			t.Errorf("%q is there %d times, not %d:\n%s", text, got, times, svg)
+		}
+	}
+	for top, want := range map[float64]float64{7: 1, 9: 2, 400: 50, 1700: 500} {
+		if got := tick(top); got != want {
+			t.Errorf("the marks of an axis to %v are %v apart, not %v", top, got, want)
 		}
 	}
 }

@@ -31,7 +31,9 @@ func main() {
 	flag.StringVar(&o.vmruntime, "vmruntime", "bin/vmruntime", "the program that make build leaves")
 	flag.StringVar(&o.guest, "guest", "out/guest", "the directory that make guest leaves")
 	flag.StringVar(&o.accel, "accel", "tcg", "tcg or kvm")
-	flag.IntVar(&o.starts, "starts", 10, "repetitions of each cold start")
+	flag.StringVar(&o.plot, "plot", "", "where a picture of the starts is written, as SVG")
+	flag.IntVar(&o.starts, "starts", 20, "repetitions of each start")
+	flag.IntVar(&o.execs, "execs", 50, "repetitions of a command in a container")
 	flag.IntVar(&o.calls, "calls", 1000, "repetitions of each unary call")
 	flag.IntVar(&o.containers, "containers", 30, "repetitions of a container's start")
 	flag.IntVar(&o.lists, "lists", 300, "repetitions of each list of stored pods")
@@ -54,7 +56,8 @@ func main() {
 }
 
 type options struct {
-	out, vmruntime, guest, accel                   string
+	out, plot, vmruntime, guest, accel             string
+	execs                                          int
 	starts, calls, containers, lists, idle, stored int
 	machines, sharing, fio, downloads, critest     int
 	only                                           string
@@ -64,7 +67,7 @@ func (o *options) check() error {
 	for _, n := range []struct {
 		flag  string
 		value int
-	}{{"starts", o.starts}, {"calls", o.calls}, {"containers", o.containers}, {"lists", o.lists}, {"idle", o.idle}, {"stored", o.stored}, {"machines", o.machines}, {"sharing", o.sharing}, {"fio", o.fio}, {"downloads", o.downloads}, {"critest", o.critest}} {
+	}{{"starts", o.starts}, {"execs", o.execs}, {"calls", o.calls}, {"containers", o.containers}, {"lists", o.lists}, {"idle", o.idle}, {"stored", o.stored}, {"machines", o.machines}, {"sharing", o.sharing}, {"fio", o.fio}, {"downloads", o.downloads}, {"critest", o.critest}} {
 		if n.value < 1 {
 			return fmt.Errorf("-%s is %d; it has to be at least 1", n.flag, n.value)
 		}
@@ -86,6 +89,7 @@ type bench struct {
 	direct *cri // containerd's own
 	logs   string
 	report report
+	plot   plot
 }
 
 // run measures everything, and writes what it found if all went well.
@@ -108,7 +112,7 @@ func run(ctx context.Context, o options) (err error) {
 		return err
 	}
 	b.report.print(os.Stdout)
-	return b.report.write(o.out)
+	return errors.Join(b.report.write(o.out), b.plot.write(o.plot, b.report.machine))
 }
 
 func (b *bench) measure(ctx context.Context) (err error) {
@@ -129,6 +133,8 @@ func (b *bench) measure(ctx context.Context) (err error) {
 		do   func(context.Context) error
 	}{
 		{"cold starts", b.coldStarts},
+		{"starts from a template", b.templateStarts},
+		{"commands in containers", b.execTimes},
 		{"delegated calls", b.delegatedCalls},
 		{"memory of idle VM pods", b.idleMemory},
 		{"lists of stored VM pods", b.storedPods},

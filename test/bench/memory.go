@@ -8,13 +8,25 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
+
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
 // settle is how long nothing is asked of a pod before it counts as idle.
 const settle = 5 * time.Second
+
+// What an idle VM pod may take, in MiB, and of the daemon's memory, in KiB.
+const (
+	podMemoryBar    = 60
+	ownMemoryBar    = 25
+	daemonMemoryBar = 300
+	// idleMemoryLimit of the pods' containers and the guest's overhead of 64 MiB are VMs of 128 MiB.
+	idleMemoryLimit = 64 << 20
+)
 
 // mapped is the memory of processes in bytes, shared pages divided among those that share them.
 type mapped struct {
@@ -39,7 +51,9 @@ func (b *bench) idleMemory(ctx context.Context) (err error) {
 	var pods []*pod
 	defer func() { err = errors.Join(err, removeAll(ctx, pods)) }()
 	for i := range b.idle {
-		p, err := b.runPod(ctx, b.vm, vmHandler, fmt.Sprintf("idle-%d", i))
+		p, err := b.runPodWith(ctx, b.vm, vmHandler, fmt.Sprintf("idle-%d", i), func(c *runtimeapi.PodSandboxConfig) {
+			c.Linux.Resources = &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: idleMemoryLimit}
+		})
 		if err != nil {
 			return err
 		}
@@ -59,18 +73,29 @@ func (b *bench) idleMemory(ctx context.Context) (err error) {
 		}
 		sum.add(m)
 	}
+	busy, err := podsCPU(pods)
+	if err != nil {
+		return err
+	}
+	looked := time.Now()
 	if err := b.idleCPU(ctx, fmt.Sprintf("%d VM pods", len(pods))); err != nil {
 		return err
 	}
+	busier, err := podsCPU(pods)
+	if err != nil {
+		return err
+	}
+	b.report.add("processor time of an idle VM pod", float64(busier-busy)/float64(time.Since(looked))/float64(len(pods))*100, "% of a core")
 	after, err := b.freshDaemon(ctx, nil)
 	if err != nil {
 		return err
 	}
 	each := float64(len(pods)) * (1 << 20)
-	b.report.add("memory per idle VM pod beyond the guest's", float64(sum.total-sum.guest)/each, "MiB")
+	b.report.add("memory (PSS) per idle VM pod, with QEMU and helpers", float64(sum.total)/each, "MiB").within(podMemoryBar)
+	b.report.add("memory per idle VM pod beyond the guest's", float64(sum.total-sum.guest)/each, "MiB").within(ownMemoryBar)
 	b.report.add("  of it code translated by TCG", float64(sum.code)/each, "MiB")
 	b.report.add("  not of it: the guest's own, touched", float64(sum.guest)/each, "MiB")
-	b.report.add(fmt.Sprintf("daemon's memory per VM pod, of %d running", len(pods)), float64(after-before)/each*1024, "KiB")
+	b.report.add(fmt.Sprintf("daemon's memory per VM pod, of %d running", len(pods)), float64(after-before)/each*1024, "KiB").within(daemonMemoryBar)
 	return nil
 }
 
@@ -100,6 +125,24 @@ func sleep(ctx context.Context, d time.Duration) error {
 	case <-time.After(d):
 		return nil
 	}
+}
+
+// podsCPU is the processor time that the processes of pods have used.
+func podsCPU(pods []*pod) (sum time.Duration, err error) {
+	for _, p := range pods {
+		pids, err := processesOf(p.id)
+		if err != nil {
+			return 0, err
+		}
+		for _, pid := range pids {
+			d, err := processCPU(pid)
+			if err != nil {
+				return 0, err
+			}
+			sum += d
+		}
+	}
+	return sum, nil
 }
 
 // memoryOf adds up the processes in the cgroup that bears the pod's ID: QEMU and its helpers.
@@ -145,8 +188,8 @@ func processesOf(podID string) ([]int, error) {
 	return pids, nil
 }
 
-// guestMapping begins the name of the mapping of the guest's memory.
-const guestMapping = "/memfd:memory-backend-memfd"
+// guestMappings begin the names of the mapping of the guest's memory: its own or a copy of a template's, and a template's.
+func guestMappings() []string { return []string{"/memfd:memory", "/memfd:template"} }
 
 // readMaps adds up the Pss of /proc/PID/smaps. A mapping's first line is ADDRESSES PERMISSIONS OFFSET DEVICE INODE NAME,
 // the others are KEY: VALUE.
@@ -156,7 +199,7 @@ func readMaps(r io.Reader) (m mapped, err error) {
 	for lines.Scan() {
 		line := lines.Text()
 		if fields := strings.Fields(line); len(fields) >= 5 && strings.Contains(fields[0], "-") {
-			guest = len(fields) > 5 && strings.HasPrefix(fields[5], guestMapping)
+			guest = len(fields) > 5 && slices.ContainsFunc(guestMappings(), func(name string) bool { return strings.HasPrefix(fields[5], name) })
 			code = len(fields) == 5 && strings.HasPrefix(fields[1], "rwx")
 			continue
 		}

@@ -117,8 +117,11 @@ func (b *bench) measureLists(ctx context.Context) error {
 }
 
 // daemonCPU is the processor time that vmruntime has used, which depends less on what else runs.
-func (b *bench) daemonCPU() (time.Duration, error) {
-	file := fmt.Sprintf("/proc/%d/stat", b.node.VMRuntimePID())
+func (b *bench) daemonCPU() (time.Duration, error) { return processCPU(b.node.VMRuntimePID()) }
+
+// processCPU is the processor time that a process has used.
+func processCPU(pid int) (time.Duration, error) {
+	file := fmt.Sprintf("/proc/%d/stat", pid)
 	data, err := os.ReadFile(file)
 	if err != nil {
 		return 0, err
