@@ -80,8 +80,8 @@ func (m Machine) Args(fds Descriptors) []string {
 	add("-machine", m.machineType())
 	add("-accel", m.accel())
 	add("-cpu", m.CPUModel)
-	add("-smp", fmt.Sprintf("cpus=%d,sockets=1,cores=%d,threads=1", m.VCPUs, m.VCPUs))
-	add("-m", fmt.Sprintf("%dM", (m.MemoryBytes+m.HugeNodeBytes)/mib))
+	add("-smp", m.processors())
+	add("-m", m.memorySize())
 	add("-object", m.memory(fds).String())
 	if m.HugeNodeBytes > 0 {
 		add("-object", hugeMemory("huge", m.HugeNodeBytes, HugeNodePage).String())
@@ -130,6 +130,21 @@ func (m Machine) machineType() string {
 		}
 	}
 	return t
+}
+
+func (m Machine) processors() string {
+	if m.MaxVCPUs <= m.VCPUs {
+		return fmt.Sprintf("cpus=%d,sockets=1,cores=%d,threads=1", m.VCPUs, m.VCPUs)
+	}
+	return fmt.Sprintf("cpus=%d,maxcpus=%d,sockets=1,cores=%d,threads=1", m.VCPUs, m.MaxVCPUs, m.MaxVCPUs)
+}
+
+func (m Machine) memorySize() string {
+	size := fmt.Sprintf("%dM", (m.MemoryBytes+m.HugeNodeBytes)/mib)
+	if m.MaxMemoryBytes > m.MemoryBytes {
+		size += fmt.Sprintf(",maxmem=%dM", m.MaxMemoryBytes/mib)
+	}
+	return size
 }
 
 func (m Machine) memory(fds Descriptors) props {

@@ -93,9 +93,13 @@ type Machine struct {
 	CPUModel string
 	// VCPUs is the number of processors, all cores of one socket; 1 by default.
 	VCPUs int
-	// MemoryBytes is the guest's memory, a multiple of 1 MiB; 256 MiB by default. It is shared memory, so that
+	// MaxVCPUs is how many there can come to be with VM.AddVCPUs, on ArchX86; 0 is no more.
+	MaxVCPUs int
+	// MemoryBytes is the guest's memory at its start, a multiple of 1 MiB; 256 MiB by default. It is shared memory, so that
 	// vhost-user devices can be plugged at any time, but with MemoryPrivate.
 	MemoryBytes int64
+	// MaxMemoryBytes is how much there can come to be with VM.RequestMemory, a multiple of 1 MiB; 0 is no more.
+	MaxMemoryBytes int64
 	// Memory is MemoryOwn, MemoryShared, MemoryPrivate or MemoryCopied.
 	Memory string
 	// Incoming begins the machine with Spec.State instead of a boot: saved by SaveState with MemoryOwn, by SaveDevices otherwise. Start
@@ -245,6 +249,10 @@ func (m Machine) Validate() error {
 	p.rule(cpuRE.MatchString(m.CPUModel), "machine.cpuModel", m.CPUModel, "a CPU model of QEMU")
 	p.rule(m.VCPUs >= 1 && m.VCPUs <= maxVCPUs, "machine.vcpus", m.VCPUs, "from 1 to 255")
 	p.rule(m.MemoryBytes >= minMemory && m.MemoryBytes%mib == 0, "machine.memoryBytes", m.MemoryBytes, "a multiple of 1 MiB, at least 64 MiB")
+	p.rule(m.MaxVCPUs == 0 || m.Arch == ArchX86 && m.MaxVCPUs >= m.VCPUs && m.MaxVCPUs <= maxVCPUs,
+		"machine.maxVCPUs", m.MaxVCPUs, "0 or, on x86_64, from machine.vcpus to 255")
+	p.rule(m.MaxMemoryBytes == 0 || m.MaxMemoryBytes >= m.MemoryBytes && m.MaxMemoryBytes%mib == 0,
+		"machine.maxMemoryBytes", m.MaxMemoryBytes, "0 or a multiple of 1 MiB, at least machine.memoryBytes")
 	m.validateSystem(&p)
 	m.validateBoot(&p)
 	p.rule(m.HotplugPorts >= 0 && m.HotplugPorts <= maxPorts, "machine.hotplugPorts", m.HotplugPorts, "from 0 to 8")

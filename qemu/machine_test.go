@@ -67,6 +67,8 @@ func TestArgsGolden(t *testing.T) {
 		Name: "bios", Arch: ArchX86, Type: TypeX86, Accel: AccelTCG, Video: VideoVirtio, Watchdog: WatchdogReset, ResetInPlace: true, ConsolePipe: true, Balloon: true,
 		Disks: []Disk{{Serial: "root", Path: "/o", Format: "qcow2", Backing: &Backing{"/disk.img", "raw"}, Bus: BusVirtio, BootIndex: 1}},
 	}
+	roomy, roomyArm := pod(), arm
+	roomy.MaxVCPUs, roomy.MaxMemoryBytes, roomyArm.MaxMemoryBytes = 8, 64<<30, 64<<30
 	made, clone, restored := pod(), pod(), pod()
 	made.Memory, made.NICs[0].Unconnected = MemoryShared, true
 	clone.Memory, clone.Incoming = MemoryPrivate, true
@@ -82,6 +84,7 @@ func TestArgsGolden(t *testing.T) {
 		"x86_64-template": {made, memoryFDs}, "x86_64-clone": {clone, memoryFDs}, "x86_64-restored": {restored, podFDs},
 		"x86_64-tcg": {pod(), podFDs}, "x86_64-kvm": {kvm, podFDs}, "aarch64-tcg": {arm, podFDs}, "small": {small, podFDs},
 		"x86_64-huge": {huge, podFDs}, "aarch64-huge": {armHuge, podFDs},
+		"x86_64-roomy": {roomy, podFDs}, "aarch64-roomy": {roomyArm, podFDs},
 		"x86_64-secureboot": {disked(), fds}, "aarch64-efi": {efi, fds}, "x86_64-direct": {direct, fds}, "x86_64-bios": {bios, fds},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -112,12 +115,16 @@ func TestValidate(t *testing.T) {
 		change func(*Machine)
 		want   []string
 	}{
-		"valid":                  {func(*Machine) {}, nil},
-		"name":                   {func(m *Machine) { m.Name = "a,b" }, []string{`machine.name is "a,b"`}},
-		"uuid":                   {func(m *Machine) { m.UUID = "x" }, []string{`machine.uuid is "x"`}},
-		"kernel":                 {func(m *Machine) { m.Kernel = "k" }, []string{`machine.kernel is "k"; it has to be an absolute path`}},
-		"cpu":                    {func(m *Machine) { m.CPUModel = "max -evil" }, []string{"machine.cpuModel"}},
-		"memory":                 {func(m *Machine) { m.MemoryBytes = 100<<20 + 1 }, []string{"a multiple of 1 MiB"}},
+		"valid":  {func(*Machine) {}, nil},
+		"name":   {func(m *Machine) { m.Name = "a,b" }, []string{`machine.name is "a,b"`}},
+		"uuid":   {func(m *Machine) { m.UUID = "x" }, []string{`machine.uuid is "x"`}},
+		"kernel": {func(m *Machine) { m.Kernel = "k" }, []string{`machine.kernel is "k"; it has to be an absolute path`}},
+		"cpu":    {func(m *Machine) { m.CPUModel = "max -evil" }, []string{"machine.cpuModel"}},
+		"memory": {func(m *Machine) { m.MemoryBytes = 100<<20 + 1 }, []string{"a multiple of 1 MiB"}},
+		"room": {func(m *Machine) { m.MaxVCPUs, m.MaxMemoryBytes = 1, 1<<20 }, []string{
+			`machine.maxVCPUs is "1"; it has to be 0 or, on x86_64, from machine.vcpus to 255`, "machine.maxMemoryBytes",
+		}},
+		"room of arm":            {func(m *Machine) { m.Arch, m.MaxVCPUs = ArchARM64, 4 }, []string{"machine.maxVCPUs"}},
 		"memory's kind":          {func(m *Machine) { m.Memory = "mine" }, []string{`machine.memory is "mine"; it has to be empty, shared, private or copied`}},
 		"huge pages handed over": {func(m *Machine) { m.Memory, m.HugePageBytes = MemoryShared, 2<<20 }, []string{"machine.hugePageBytes"}},
 		"a node of huge pages": {func(m *Machine) { m.MemoryBytes, m.HugeNodeBytes = 129<<20, 3<<20 }, []string{

@@ -142,7 +142,8 @@ func (s Spec) record(p *process) Record {
 	m := s.Machine
 	return Record{
 		PID: p.pid, StartTime: p.start, RunDir: s.RunDir,
-		ResetInPlace: m.ResetInPlace, ConsolePipe: m.ConsolePipe, WatchdogEnds: m.Watchdog == WatchdogPoweroff,
+		MaxMemoryBytes: m.MaxMemoryBytes,
+		ResetInPlace:   m.ResetInPlace, ConsolePipe: m.ConsolePipe, WatchdogEnds: m.Watchdog == WatchdogPoweroff,
 	}
 }
 

@@ -33,6 +33,8 @@ type Record struct {
 	ResetInPlace bool `json:"resetInPlace,omitempty"`
 	ConsolePipe  bool `json:"consolePipe,omitempty"`
 	WatchdogEnds bool `json:"watchdogEnds,omitempty"`
+	// MaxMemoryBytes is the machine's; QEMU does not tell it.
+	MaxMemoryBytes int64 `json:"maxMemoryBytes,omitempty"`
 }
 
 // Values of ExitError.Reason, from QEMU's ShutdownCause where it has one.

@@ -48,7 +48,10 @@ type checkpointManifest struct {
 
 	VCPUs       int   `json:"vcpus"`
 	MemoryBytes int64 `json:"memoryBytes"`
-	ScratchSize int64 `json:"scratchSize"`
+	// MaxVCPUs and MaxMemoryBytes are what the VM can come to have.
+	MaxVCPUs       int   `json:"maxVCPUs,omitempty"`
+	MaxMemoryBytes int64 `json:"maxMemoryBytes,omitempty"`
+	ScratchSize    int64 `json:"scratchSize"`
 	// Interfaces in the order of the VM's devices.
 	Interfaces []checkpointInterface `json:"interfaces"`
 	// Disks are the image disks in the order in which they were plugged.
@@ -302,7 +305,16 @@ func (p *pod) describeCheckpoint(ctx context.Context, g *guest, selected []*cont
 	if err != nil {
 		return nil, err
 	}
-	m := &checkpointManifest{VCPUs: spec.VCPUs, MemoryBytes: spec.MemoryBytes, Pod: spec.Config}
+	size, err := g.vm.Size(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if size.Plugged() {
+		return nil, fmt.Errorf("the VM of sandbox %s has been resized since it booted, so it cannot be checkpointed; it can when it has started anew: %w", p.id, errdefs.ErrFailedPrecondition)
+	}
+	m := &checkpointManifest{
+		VCPUs: size.VCPUs, MemoryBytes: size.BootBytes, MaxVCPUs: size.MaxVCPUs, MaxMemoryBytes: size.MaxMemoryBytes, Pod: spec.Config,
+	}
 	if m.Platform, err = p.rt.platform(accel); err != nil {
 		return nil, err
 	}

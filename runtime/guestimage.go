@@ -51,7 +51,7 @@ func (g *guestImage) machine(accel string) qemu.Machine {
 		Kernel:  filepath.Join(g.dir, g.Kernel),
 		Initrd:  filepath.Join(g.dir, g.Initramfs),
 		Cmdline: g.Cmdline,
-		// One for the share of directories, one to spare.
-		HotplugPorts: 2,
+		// For the share of directories, for memory, and for the balloon.
+		HotplugPorts: 3,
 	}
 }

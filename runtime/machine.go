@@ -97,7 +97,7 @@ func (rt *Runtime) decideMachine(ctx context.Context, p *pod, id string, spec *c
 	case m.rootVolume() == nil && asked.Kernel == "":
 		return nil, nil
 	}
-	if err := errors.Join(ocispec.ValidateMachine(cfg), onlyVolumes(cfg, volumes), m.size(rt.cfg.VM, p.config(), cfg)); err != nil {
+	if err := errors.Join(ocispec.ValidateMachine(cfg), onlyVolumes(cfg, volumes), m.size(rt.cfg.VM, &runtimeapi.PodSandboxConfig{Linux: p.limits()}, cfg)); err != nil {
 		return nil, err
 	}
 	return m, m.decideRoot(disk, asked)

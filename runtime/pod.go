@@ -272,11 +272,11 @@ func (p *pod) machine(ctx context.Context, s podStatus) (qemu.Machine, error) {
 	if err != nil {
 		return qemu.Machine{}, err
 	}
-	spec := p.rec.Spec()
-	m := p.rt.guestImage.machine(accel.Accel)
+	m, size := p.rt.guestImage.machine(accel.Accel), p.size()
 	m.Name = "vmruntime-" + p.id[:16]
-	m.VCPUs = spec.VCPUs
-	m.MemoryBytes, m.HugeNodeBytes = spec.MemoryBytes, spec.HugeBytes
+	m.VCPUs = size.VCPUs
+	m.MemoryBytes, m.HugeNodeBytes = size.MemoryBytes, p.rec.Spec().HugeBytes
+	giveRoom(&m, max(size.VCPUs, p.rec.Spec().MaxVCPUs), max(size.MemoryBytes, p.rec.Spec().MaxMemoryBytes))
 	m.Disks = []qemu.Disk{{Serial: scratchSerial, Path: p.scratch, Format: "raw"}}
 	m.NICs = nics(s.Network)
 	return m, nil
@@ -384,12 +384,12 @@ func (p *pod) hostname() string {
 // applyCPUQuota bounds QEMU to what the pod may use, once the guest is up: a quota during the boot
 // would only make it longer.
 func (p *pod) applyCPUQuota() error {
-	res := p.config().GetLinux().GetResources()
+	res := p.limits().GetResources()
 	if res.GetCpuQuota() <= 0 || res.GetCpuPeriod() <= 0 {
 		return nil
 	}
 	quota := res.GetCpuQuota()
-	if o := p.config().GetLinux().GetOverhead(); o.GetCpuQuota() > 0 && o.GetCpuPeriod() > 0 {
+	if o := p.limits().GetOverhead(); o.GetCpuQuota() > 0 && o.GetCpuPeriod() > 0 {
 		quota += o.GetCpuQuota() * res.GetCpuPeriod() / o.GetCpuPeriod()
 	}
 	return p.cgroup().SetCPUQuota(quota, uint64(res.GetCpuPeriod()))

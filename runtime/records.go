@@ -36,6 +36,9 @@ type podSpec struct {
 	MemoryBytes int64  `json:"memoryBytes"`
 	// HugeBytes is what a container VM has of huge pages of 2 MiB, beside its memory.
 	HugeBytes int64 `json:"hugeBytes,omitempty"`
+	// MaxVCPUs and MaxMemoryBytes are what the VM can come to have while it runs; 0 is no more.
+	MaxVCPUs       int   `json:"maxVCPUs,omitempty"`
+	MaxMemoryBytes int64 `json:"maxMemoryBytes,omitempty"`
 }
 
 // podStatus is what happened to a sandbox since.
@@ -45,10 +48,19 @@ type podStatus struct {
 	ReadyAt   time.Time   `json:"readyAt,omitzero"`
 	StoppedAt time.Time   `json:"stoppedAt,omitzero"`
 	Guest     guestRecord `json:"guest"`
+	// Resized is there if the pod has been resized.
+	Resized *resized `json:"resized,omitempty"`
 	// Capturing is set while a checkpoint is taken, which a daemon that is killed leaves stopped and frozen.
 	Capturing bool `json:"capturing,omitempty"`
 	// Frozen is set while the guest's own agent has its file systems frozen, which a daemon that is killed leaves so.
 	Frozen bool `json:"frozen,omitempty"`
+}
+
+// resized is what a pod may use since it was resized, and the size that its VM has for that.
+type resized struct {
+	Resources message[*runtimeapi.LinuxContainerResources] `json:"resources"`
+	Overhead  message[*runtimeapi.LinuxContainerResources] `json:"overhead"`
+	Size      vmSize                                       `json:"size"`
 }
 
 // guestRecord is the latest boot of a pod's guest.

@@ -71,6 +71,8 @@ func (rt *Runtime) firstTemplate() {
 	}
 	m := rt.guestImage.machine(accel.Accel)
 	m.VCPUs, m.MemoryBytes = rt.cfg.VM.size(nil)
+	maxVCPUs, maxMemory := rt.cfg.VM.room(m.VCPUs, m.MemoryBytes)
+	giveRoom(&m, maxVCPUs, maxMemory)
 	m.NICs = make([]qemu.NIC, 1)
 	rt.templates.want(m, "")
 }
@@ -175,6 +177,11 @@ func (rt *Runtime) recoverPod(ctx context.Context, p *pod) error {
 	g.unfreezeLeft()
 	if parts != nil {
 		return rt.recoverMachine(ctx, p, g, s.Guest)
+	}
+	if have, err := vm.Size(ctx); err != nil {
+		p.log.Error("asking for the VM's size", "error", err)
+	} else if have.VCPUs > p.size().VCPUs || p.size().exceeded(have) {
+		rt.owned.Go(g.settle)
 	}
 	return rt.recoverContainers(ctx, p, g)
 }

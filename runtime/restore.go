@@ -78,6 +78,7 @@ func (rt *Runtime) RestorePod(ctx context.Context, req *runtimeapi.RestorePodReq
 		CreatedAt:   time.Now(),
 		VCPUs:       m.VCPUs,
 		MemoryBytes: m.MemoryBytes,
+		MaxVCPUs:    m.MaxVCPUs, MaxMemoryBytes: m.MaxMemoryBytes,
 	})
 	if err != nil {
 		rt.podNames.Release(name, id)

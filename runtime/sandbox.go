@@ -50,19 +50,22 @@ func podName(m *runtimeapi.PodSandboxMetadata) string {
 
 // createPod writes the record of a sandbox that has nothing yet.
 func (rt *Runtime) createPod(id string, req *runtimeapi.RunPodSandboxRequest) (*pod, error) {
-	huge, err := hugeBytes(req.GetConfig())
-	if err != nil {
+	cfg := req.GetConfig()
+	spec := podSpec{
+		Handler:   req.GetRuntimeHandler(),
+		Config:    message[*runtimeapi.PodSandboxConfig]{cfg},
+		CreatedAt: time.Now(),
+	}
+	var err error
+	if spec.HugeBytes, err = hugeBytes(cfg); err != nil {
 		return nil, err
 	}
-	vcpus, memory := rt.cfg.VM.size(req.GetConfig())
-	return rt.recordPod(id, podSpec{
-		Handler:     req.GetRuntimeHandler(),
-		Config:      message[*runtimeapi.PodSandboxConfig]{req.GetConfig()},
-		CreatedAt:   time.Now(),
-		VCPUs:       vcpus,
-		MemoryBytes: withHugePages(memory, huge),
-		HugeBytes:   huge,
-	})
+	spec.VCPUs, spec.MemoryBytes = rt.cfg.VM.size(cfg)
+	spec.MemoryBytes = withHugePages(spec.MemoryBytes, spec.HugeBytes)
+	if spec.HugeBytes == 0 {
+		spec.MaxVCPUs, spec.MaxMemoryBytes = rt.cfg.VM.room(spec.VCPUs, spec.MemoryBytes)
+	}
+	return rt.recordPod(id, spec)
 }
 
 // recordPod gives the pod a user ID and writes its record.
@@ -200,7 +203,7 @@ func (rt *Runtime) forgetPod(ctx context.Context, p *pod) error {
 }
 
 // PodSandboxStatus reports one sandbox; with verbose also what it is made of.
-func (rt *Runtime) PodSandboxStatus(_ context.Context, req *runtimeapi.PodSandboxStatusRequest) (*runtimeapi.PodSandboxStatusResponse, error) {
+func (rt *Runtime) PodSandboxStatus(ctx context.Context, req *runtimeapi.PodSandboxStatusRequest) (*runtimeapi.PodSandboxStatusResponse, error) {
 	p, err := rt.podByID(req.GetPodSandboxId())
 	if err != nil {
 		return nil, err
@@ -208,7 +211,7 @@ func (rt *Runtime) PodSandboxStatus(_ context.Context, req *runtimeapi.PodSandbo
 	resp := &runtimeapi.PodSandboxStatusResponse{Status: p.criStatus(), Timestamp: time.Now().UnixNano()}
 	resp.ContainersStatuses = p.containerStatuses()
 	if req.GetVerbose() {
-		resp.Info, err = p.verbose()
+		resp.Info, err = p.verbose(ctx)
 	}
 	return resp, err
 }

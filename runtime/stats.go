@@ -243,7 +243,7 @@ func (p *pod) stats(ctx context.Context, guest *agentpb.StatsResponse) *runtimea
 
 // memoryAvailable is what the pod may still use on the node; nil if it has no limit.
 func (p *pod) memoryAvailable(host cgroup.Stats) *runtimeapi.UInt64Value {
-	linux := p.config().GetLinux()
+	linux := p.limits()
 	limit := linux.GetResources().GetMemoryLimitInBytes()
 	if limit <= 0 {
 		return nil

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os/exec"
 
-	"github.com/containerd/errdefs"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -65,9 +64,15 @@ func infoOf(name string, v any) (map[string]string, error) {
 }
 
 // verbose tells what a sandbox is made of, for crictl inspectp.
-func (p *pod) verbose() (map[string]string, error) {
-	spec, s := p.rec.Spec(), p.rec.Status()
-	return infoOf("info", map[string]any{"uid": spec.UID, "vcpus": spec.VCPUs, "memoryBytes": spec.MemoryBytes, "hugeBytes": spec.HugeBytes, "guest": s.Guest, "network": s.Network})
+func (p *pod) verbose(ctx context.Context) (map[string]string, error) {
+	s, size := p.rec.Status(), p.size()
+	info := map[string]any{"uid": p.rec.Spec().UID, "vcpus": size.VCPUs, "memoryBytes": size.MemoryBytes, "hugeBytes": p.rec.Spec().HugeBytes, "guest": s.Guest, "network": s.Network}
+	if g := p.currentGuest(); g != nil && g.alive() {
+		if have, err := g.vm.Size(ctx); err == nil {
+			info["size"] = have
+		}
+	}
+	return infoOf("info", info)
 }
 
 func (c *container) verbose(ctx context.Context) (map[string]string, error) {
@@ -86,13 +91,4 @@ func (c *container) verbose(ctx context.Context) (map[string]string, error) {
 // UpdateRuntimeConfig has nothing to change for VM pods: the pod CIDR is the CNI configuration's business.
 func (rt *Runtime) UpdateRuntimeConfig(context.Context, *runtimeapi.UpdateRuntimeConfigRequest) (*runtimeapi.UpdateRuntimeConfigResponse, error) {
 	return &runtimeapi.UpdateRuntimeConfigResponse{}, nil
-}
-
-func notBuilt(what string) error {
-	return fmt.Errorf("%s of VM pods is not built yet: %w", what, errdefs.ErrNotImplemented)
-}
-
-// UpdatePodSandboxResources is not built yet: the size of a VM does not change while it runs.
-func (rt *Runtime) UpdatePodSandboxResources(context.Context, *runtimeapi.UpdatePodSandboxResourcesRequest) (*runtimeapi.UpdatePodSandboxResourcesResponse, error) {
-	return nil, notBuilt("changing the size")
 }

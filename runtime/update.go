@@ -13,7 +13,7 @@ import (
 	"github.com/vmruntime/vmruntime/runtime/ocispec"
 )
 
-// UpdateContainerResources changes a container's limits in the guest. The VM itself keeps its size.
+// UpdateContainerResources changes a container's limits in the guest, and the size of the VM as far as that is needed.
 func (rt *Runtime) UpdateContainerResources(ctx context.Context, req *runtimeapi.UpdateContainerResourcesRequest) (*runtimeapi.UpdateContainerResourcesResponse, error) {
 	c, err := rt.containerByID(req.GetContainerId())
 	if err != nil {
@@ -25,8 +25,8 @@ func (rt *Runtime) UpdateContainerResources(ctx context.Context, req *runtimeapi
 	if !s.FinishedAt.IsZero() {
 		return nil, fmt.Errorf("container %s has exited; its resources cannot change: %w", c.id, errdefs.ErrFailedPrecondition)
 	}
-	if c.isMachine() {
-		return nil, fmt.Errorf("container %s is a machine, which keeps its size while it runs; change the pod's resources and let it start anew: %w", c.id, errdefs.ErrNotImplemented)
+	if c.isMachine() && !s.running() {
+		return nil, fmt.Errorf("container %s is a machine that has not started; its resources cannot change until it has: %w", c.id, errdefs.ErrFailedPrecondition)
 	}
 	if err := c.pod.checkHugeLimits(req.GetLinux().GetHugepageLimits()); err != nil {
 		return nil, err
@@ -36,10 +36,14 @@ func (rt *Runtime) UpdateContainerResources(ctx context.Context, req *runtimeapi
 		limits.HugepageLimits = nil // Merge would append
 	}
 	proto.Merge(limits, req.GetLinux())
-	if s.running() {
-		if err := c.applyResources(ctx, limits); err != nil {
-			return nil, err
+	err = c.resizeFor(ctx, limits, func(ctx context.Context) error {
+		if c.isMachine() || !s.running() {
+			return nil
 		}
+		return c.applyResources(ctx, limits)
+	})
+	if err != nil {
+		return nil, err
 	}
 	return &runtimeapi.UpdateContainerResourcesResponse{}, c.rec.Update(func(s *containerStatus) error {
 		s.Resources = &message[*runtimeapi.LinuxContainerResources]{limits}

@@ -29,10 +29,10 @@ const (
 
 // summary is what a list tells of a pod.
 func (p *pod) summary(ctx context.Context) *vmpb.VM {
-	m, spec := p.config().GetMetadata(), p.rec.Spec()
+	m, size := p.config().GetMetadata(), p.size()
 	out := &vmpb.VM{
 		PodId: p.id, Namespace: m.GetNamespace(), Name: m.GetName(),
-		Form: "containers", State: stateStopped, Vcpus: int32(spec.VCPUs), MemoryBytes: spec.MemoryBytes,
+		Form: "containers", State: stateStopped, Vcpus: int32(size.VCPUs), MemoryBytes: size.MemoryBytes,
 	}
 	if c := p.latestMachine(); c != nil {
 		machine := c.rec.Spec().Machine
@@ -152,7 +152,7 @@ func (i *guestInfo) message() *vmpb.Guest {
 
 // describeContainers adds the containers, and the verbose status of all.
 func (p *pod) describeContainers(ctx context.Context, out *vmpb.ShowResponse) error {
-	verbose, err := p.verbose()
+	verbose, err := p.verbose(ctx)
 	if err != nil {
 		return err
 	}

@@ -17,6 +17,7 @@ type AgentService interface {
 	CreateContainer(context.Context, *CreateContainerRequest) (*Empty, error)
 	StartContainer(context.Context, *StartContainerRequest) (*StartContainerResponse, error)
 	UpdateContainer(context.Context, *UpdateContainerRequest) (*Empty, error)
+	Resize(context.Context, *ResizeRequest) (*Empty, error)
 	RemoveContainer(context.Context, *RemoveContainerRequest) (*Empty, error)
 	Exec(context.Context, *ExecRequest) (*ExecResponse, error)
 	RemoveExec(context.Context, *ProcessRef) (*Empty, error)
@@ -103,6 +104,13 @@ func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 					return nil, err
 				}
 				return svc.UpdateContainer(ctx, &req)
+			},
+			"Resize": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req ResizeRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Resize(ctx, &req)
 			},
 			"RemoveContainer": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req RemoveContainerRequest
@@ -318,6 +326,14 @@ func (c *agentClient) StartContainer(ctx context.Context, req *StartContainerReq
 func (c *agentClient) UpdateContainer(ctx context.Context, req *UpdateContainerRequest) (*Empty, error) {
 	var resp Empty
 	if err := c.client.Call(ctx, "vmruntime.agent.v1.Agent", "UpdateContainer", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentClient) Resize(ctx context.Context, req *ResizeRequest) (*Empty, error) {
+	var resp Empty
+	if err := c.client.Call(ctx, "vmruntime.agent.v1.Agent", "Resize", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

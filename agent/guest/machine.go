@@ -388,6 +388,11 @@ func (m *machineSession) Prepare(context.Context, *agentpb.PrepareRequest) (*age
 	return nil, notInMachine("Prepare")
 }
 
+// Resize is not for machines.
+func (m *machineSession) Resize(context.Context, *agentpb.ResizeRequest) (*agentpb.Empty, error) {
+	return nil, notInMachine("Resize")
+}
+
 // MountShare is not for machines.
 func (m *machineSession) MountShare(context.Context, *agentpb.MountShareRequest) (*agentpb.Empty, error) {
 	return nil, notInMachine("MountShare")

@@ -44,8 +44,8 @@ func TestTargetOf(t *testing.T) {
 
 func TestCmdline(t *testing.T) {
 	for goarch, want := range map[string]string{
-		"amd64": "console=ttyS0 quiet panic=-1 cryptomgr.notests initcall_blacklist=crypto_kdf108_init no_timer_check",
-		"arm64": "console=ttyAMA0 quiet panic=-1 cryptomgr.notests initcall_blacklist=crypto_kdf108_init",
+		"amd64": "console=ttyS0 quiet panic=-1 cryptomgr.notests initcall_blacklist=crypto_kdf108_init swiotlb=noforce no_timer_check",
+		"arm64": "console=ttyAMA0 quiet panic=-1 cryptomgr.notests initcall_blacklist=crypto_kdf108_init swiotlb=noforce",
 	} {
 		tg, err := targetOf(goarch)
 		if err != nil {

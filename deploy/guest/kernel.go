@@ -86,6 +86,8 @@ func cmdline(t target) string {
 		"console=" + t.console, "quiet", "panic=-1",
 		// Self tests of ciphers, which the kernel's builders have run.
 		"cryptomgr.notests", "initcall_blacklist=crypto_kdf108_init",
+		// No 64 MiB for devices that cannot reach all memory, which a kernel takes that can come to have more than 4 GiB: there are none.
+		"swiotlb=noforce",
 	}
 	return strings.Join(append(args, t.args...), " ")
 }

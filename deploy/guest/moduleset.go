@@ -16,6 +16,8 @@ func containerModules() moduleSet {
 // use is not here: file systems of disks, ebtables, most classifiers and IP set types.
 func autoModules() []string {
 	return []string{
+		// Memory that comes and goes; the agent asks for these.
+		"virtio_mem", "virtio_balloon",
 		// Network devices.
 		"bridge", "br_netfilter", "8021q", "dummy", "geneve", "ifb", "ipvlan", "ipvtap", "macvlan", "macvtap",
 		"tun", "veth", "vrf", "vxlan", "wireguard", "ipip", "ip_gre", "ip6_gre", "ip6_tunnel", "sit", "fou", "fou6",

@@ -169,6 +169,10 @@ func (g *fakeGuest) Prepare(context.Context, *agentpb.PrepareRequest) (*agentpb.
 	return &agentpb.Empty{}, nil
 }
 
+func (g *fakeGuest) Resize(context.Context, *agentpb.ResizeRequest) (*agentpb.Empty, error) {
+	return &agentpb.Empty{}, nil
+}
+
 func (g *fakeGuest) PutFiles(_ context.Context, r *agentpb.PutFilesRequest) (*agentpb.Empty, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()

@@ -151,6 +151,9 @@ func (q *fakeQEMU) consolePipe() string {
 // machineLines is what a machine writes to its console, as the statement lines does.
 const machineLines = 60
 
+// fakeMemory is the memory of a VM without limits.
+const fakeMemory = 320 << 20
+
 func (q *fakeQEMU) bootMachine() {
 	for i := range machineLines {
 		q.say(lineText(i))
@@ -532,6 +535,12 @@ func (q *fakeQEMU) execute(c qmpCommand) (any, error) {
 		text := q.console
 		q.console = ""
 		return base64.StdEncoding.EncodeToString([]byte(text)), nil
+	case "qom-get": // of the machine: what it began with, which is all it has
+		return map[string]int{"cpus": 1, "maxcpus": 1, "size": fakeMemory}, nil
+	case "query-cpus-fast":
+		return []any{map[string]int{"cpu-index": 0}}, nil
+	case "query-memory-devices":
+		return []any{}, nil
 	case "qom-list":
 		return named("name", q.devices), nil
 	case "query-named-block-nodes":

@@ -205,7 +205,8 @@ func (b *bed) startNode(ctx context.Context) error {
 	}
 	b.config, err = setKeys(base, map[string]map[string]any{
 		"qemu": {"binary": b.qemu(), "uid_base": 300000}, "network": {"bin_dirs": []string{b.cniDir()}},
-		"vm": {"scratch_size": "16MiB"},
+		// The room of a VM is so the same on every node.
+		"vm": {"scratch_size": "16MiB", "max_memory": "1GiB", "max_vcpus": 1},
 		// The scripts tell all that a VM is asked.
 		"template": {"enabled": false},
 	})

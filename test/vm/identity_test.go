@@ -57,22 +57,6 @@ func TestStatus(t *testing.T) {
 	}
 }
 
-// What is not built answers Unimplemented with a sentence.
-func TestNotBuilt(t *testing.T) {
-	ctx, b := use(t)
-	p := b.vmPod(ctx, t)
-	calls := map[string]func() error{
-		"UpdatePodSandboxResources": func() error {
-			_, err := b.rt.UpdatePodSandboxResources(ctx, &runtimeapi.UpdatePodSandboxResourcesRequest{PodSandboxId: p.id})
-			return err
-		},
-	}
-	for name, call := range calls {
-		err := call()
-		t.Run(name, func(t *testing.T) { refused(t, err, codes.Unimplemented, "is not built yet") })
-	}
-}
-
 // drain reads a stream of answers to its end.
 func drain[T any](t *testing.T, stream grpc.ServerStreamingClient[T], err error) []*T {
 	t.Helper()
