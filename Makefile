@@ -35,6 +35,7 @@ test: install-deps ## everything: lint, unit, golden, node, VM and critest (root
 	$(MAKE) critest
 
 test-cluster: install-deps build guest cluster-tools ## what Kubernetes does with pods, on a cluster, as containers and as VMs
+	go run ./test/cmd/disks tiny fio >/dev/null
 	go test ./test/cluster -v -count=1 -timeout 2h -parallel 3 -whole
 
 check: lint ## lint, unit and golden tests (under 2 minutes, no root)

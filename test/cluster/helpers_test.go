@@ -171,6 +171,18 @@ func (n *namespace) awaitLogs(t *testing.T, pod, container string, texts ...stri
 	})
 }
 
+// awaitEvents waits until a pod's events hold each text.
+func (n *namespace) awaitEvents(t *testing.T, pod string, texts ...string) {
+	t.Helper()
+	n.await(t, fmt.Sprintf("the events of %s to hold %q", pod, texts), func() error {
+		out, err := n.Kubectl(n.ctx, "-n", n.name, "events", "--for", "pod/"+pod)
+		if err == nil && slices.ContainsFunc(texts, func(text string) bool { return !strings.Contains(out, text) }) {
+			err = errors.New("they are " + out)
+		}
+		return err
+	})
+}
+
 func ready(p *corev1.Pod) bool {
 	return slices.ContainsFunc(p.Status.Conditions, func(c corev1.PodCondition) bool {
 		return c.Type == corev1.PodReady && c.Status == corev1.ConditionTrue

@@ -117,7 +117,7 @@ func TestExec(t *testing.T) {
 		if err := cmd.Run(); err != nil || stdout.String() != "out\n" || stderr.String() != "err\n" {
 			t.Errorf("exec prints %q and %q: %v", &stdout, &stderr, err)
 		}
-		execBothWays(t, n)
+		execBothWays(t, n, 100<<20)
 		execResized(t, n)
 	})
 }
@@ -139,12 +139,11 @@ func exitCode(t *testing.T, cmd *exec.Cmd) int {
 	return cmd.ProcessState.ExitCode()
 }
 
-// execBothWays sends 100 MiB to a command's standard input, to its end, and reads them back. They go by SPDY: over a
+// execBothWays sends so many bytes to a command's standard input, to its end, and reads them back. They go by SPDY: over a
 // WebSocket kubectl gives up when an answer to its ping, which has to wait for what was sent before it, takes a minute,
 // and that is how long the many buffers on the way take to run dry when a busy machine emulates the guest.
-func execBothWays(t *testing.T, n *namespace) {
+func execBothWays(t *testing.T, n *namespace, size int64) {
 	t.Helper()
-	const size = 100 << 20
 	sent, got := sha256.New(), sha256.New()
 	cmd := n.command("exec", "-i", "p", "--", "cat")
 	cmd.Env = append(os.Environ(), "KUBECTL_REMOTE_COMMAND_WEBSOCKETS=false")
@@ -238,26 +237,32 @@ containers:
 func TestCopy(t *testing.T) {
 	eachRuntime(t, func(t *testing.T, n *namespace) {
 		n.run(t, "p", sleeper)
-		there, back := t.TempDir(), filepath.Join(t.TempDir(), "back")
-		data := make([]byte, 5<<20)
-		if _, err := rand.NewChaCha8([32]byte{1}).Read(data); err != nil {
+		copyBothWays(t, n, 5<<20)
+	})
+}
+
+// copyBothWays copies files, of which one has so many bytes, to a pod and back.
+func copyBothWays(t *testing.T, n *namespace, size int) {
+	t.Helper()
+	there, back := t.TempDir(), filepath.Join(t.TempDir(), "back")
+	data := make([]byte, size)
+	if _, err := rand.NewChaCha8([32]byte{1}).Read(data); err != nil {
+		t.Fatal(err)
+	}
+	files := map[string][]byte{"data": data, "dir/empty": nil, "dir/a file": []byte("text")}
+	for name, content := range files {
+		path := filepath.Join(there, name)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, content, 0o644)); err != nil {
 			t.Fatal(err)
 		}
-		files := map[string][]byte{"data": data, "dir/empty": nil, "dir/a file": []byte("text")}
-		for name, content := range files {
-			path := filepath.Join(there, name)
-			if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, content, 0o644)); err != nil {
-				t.Fatal(err)
-			}
+	}
+	n.kubectl(t, "cp", there, "p:/tmp/there")
+	n.kubectl(t, "cp", "p:/tmp/there", back)
+	for name, want := range files {
+		if got, err := os.ReadFile(filepath.Join(back, name)); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("%s came back with %d bytes that are not the %d that were sent: %v", name, len(got), len(want), err)
 		}
-		n.kubectl(t, "cp", there, "p:/tmp/there")
-		n.kubectl(t, "cp", "p:/tmp/there", back)
-		for name, want := range files {
-			if got, err := os.ReadFile(filepath.Join(back, name)); err != nil || !bytes.Equal(got, want) {
-				t.Errorf("%s came back with %d bytes that are not the %d that were sent: %v", name, len(got), len(want), err)
-			}
-		}
-	})
+	}
 }
 
 func TestPortForward(t *testing.T) {
@@ -320,24 +325,22 @@ func get(ctx context.Context, url string) (string, error) {
 func TestDescribeEventsAndStats(t *testing.T) {
 	eachRuntime(t, func(t *testing.T, n *namespace) {
 		n.run(t, "p", sleeper)
-		described := n.kubectl(t, "describe", "pod", "p")
-		if !strings.Contains(described, "State:          Running") || n.vm && !strings.Contains(described, "Runtime Class Name:  vm") {
-			t.Errorf("kubectl describe prints\n%s", described)
-		}
-		n.await(t, "the events of a start", func() error {
-			out, err := n.Kubectl(n.ctx, "-n", n.name, "events", "--for", "pod/p")
-			for _, reason := range []string{"Scheduled", "Pulled", "Created", "Started"} {
-				if !strings.Contains(out, reason) {
-					err = fmt.Errorf("there is no event %s in\n%s", reason, out)
-				}
-			}
-			return err
-		})
-		n.await(t, "statistics of the pod", func() error { return hasStatistics(n, "p", "main") })
-		n.await(t, "the metrics from which kubectl top has its figures", func() error {
-			return hasMetrics(n, "resource", "p", "container_cpu_usage_seconds_total", "container_memory_working_set_bytes",
-				"container_start_time_seconds", "pod_cpu_usage_seconds_total", "pod_memory_working_set_bytes")
-		})
+		isDescribed(t, n)
+	})
+}
+
+// isDescribed says what is told about a running pod.
+func isDescribed(t *testing.T, n *namespace) {
+	t.Helper()
+	described := n.kubectl(t, "describe", "pod", "p")
+	if !strings.Contains(described, "State:          Running") || n.vm && !strings.Contains(described, "Runtime Class Name:  vm") {
+		t.Errorf("kubectl describe prints\n%s", described)
+	}
+	n.awaitEvents(t, "p", "Scheduled", "Pulled", "Created", "Started")
+	n.await(t, "statistics of the pod", func() error { return hasStatistics(n, "p", "main") })
+	n.await(t, "the metrics from which kubectl top has its figures", func() error {
+		return hasMetrics(n, "resource", "p", "container_cpu_usage_seconds_total", "container_memory_working_set_bytes",
+			"container_start_time_seconds", "pod_cpu_usage_seconds_total", "pod_memory_working_set_bytes")
 	})
 }
 

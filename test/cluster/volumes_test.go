@@ -226,7 +226,11 @@ volumes: [{name: d, emptyDir: {sizeLimit: 8Mi}}]`)
 // of containers cannot have and says so.
 func TestPersistentVolumes(t *testing.T) {
 	eachRuntime(t, func(t *testing.T, n *namespace) {
-		image, device := loopDevice(t)
+		image := filepath.Join(t.TempDir(), "disk")
+		if err := os.WriteFile(image, bytes.Repeat([]byte{1}, 8<<20), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		device := loopDevice(t, image)
 		for mode, path := range map[string]string{"Filesystem": t.TempDir(), "Block": device} {
 			name := strings.ToLower(mode)
 			n.apply(t, persistentVolume(n, name, mode, path))
@@ -237,13 +241,7 @@ func TestPersistentVolumes(t *testing.T) {
 		const devices = "volumeDevices: [{name: v, devicePath: /dev/block}]"
 		if n.vm {
 			n.create(t, "refused", volumePod("sleep 1000000", devices, "block"))
-			n.await(t, "the event that tells of devices", func() error {
-				out, err := n.Kubectl(n.ctx, "-n", n.name, "events", "--for", "pod/refused")
-				if !strings.Contains(out, "device") || !strings.Contains(out, "Failed") {
-					err = errors.Join(err, errors.New("events are "+out))
-				}
-				return err
-			})
+			n.awaitEvents(t, "refused", "device", "Failed")
 			return
 		}
 		onVolume(t, n, "block", devices, "block", "test -b /dev/block; echo kept | dd of=/dev/block bs=512 seek=3 conv=sync,fsync",
@@ -254,24 +252,20 @@ func TestPersistentVolumes(t *testing.T) {
 	})
 }
 
-// loopDevice is a block device of the machine, and the file that it is.
-func loopDevice(t *testing.T) (file, device string) {
+// loopDevice makes a block device of a file.
+func loopDevice(t *testing.T, file string) string {
 	t.Helper()
-	file = filepath.Join(t.TempDir(), "disk")
-	if err := os.WriteFile(file, bytes.Repeat([]byte{1}, 8<<20), 0o600); err != nil {
-		t.Fatal(err)
-	}
 	out, err := exec.Command("losetup", "--find", "--show", file).CombinedOutput()
 	if err != nil {
 		t.Skipf("needs loop devices: losetup: %v, %s", err, out)
 	}
-	device = strings.TrimSpace(string(out))
+	device := strings.TrimSpace(string(out))
 	t.Cleanup(func() {
 		if out, err := exec.Command("losetup", "--detach", device).CombinedOutput(); err != nil {
 			t.Errorf("detach %s: %v, %s", device, err, out)
 		}
 	})
-	return file, device
+	return device
 }
 
 // onVolume runs scripts on a claim's volume, each in a pod of its own.
