@@ -345,6 +345,43 @@ func TestMachinePortForward(t *testing.T) {
 	})
 }
 
+// What needs input has no way into a machine with qemu-guest-agent alone, and that is said in time, with what would help: our agent,
+// by which loopback ports are reached too.
+func TestMachineWaysIn(t *testing.T) {
+	ctx, b := use(t)
+	c := b.machine(ctx, t, images.Tiny, annotated("guest-agent-install", "true"))
+	c.sh("net >/dev/null; serve 8080 >/dev/null 2>&1")
+	cat := func() (string, error) {
+		cmd := c.crictl("exec", "-i", c.id, "cat")
+		cmd.Stdin = strings.NewReader("input")
+		out, err := cmd.CombinedOutput()
+		return string(out), err
+	}
+	out, err := cat()
+	for _, want := range []string{"no way into the machine", "install qemu-guest-agent", "vmruntime.io/guest-agent-install"} {
+		if err == nil || !strings.Contains(out, want) {
+			t.Errorf("exec with input, without a way in: %v, %s; want to be told %q", err, out, want)
+		}
+	}
+	c.sh("modprobe virtiofs; mount -t virtiofs shares /mnt; /mnt/agent/vmagent machine </dev/null >/dev/null 2>&1 &")
+	c.until("our agent runs commands with input", func() bool {
+		out, err := cat()
+		return err == nil && out == "input"
+	})
+	cmd := c.crictl("port-forward", c.pod.id, "18082:8081")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		_ = cmd.Process.Kill() // by its ID
+		_ = cmd.Wait()
+	}()
+	c.until("the port of the loopback answers", func() bool {
+		out, err := b.fetch(ctx, "http://127.0.0.1:18082/")
+		return err == nil && out == "tiny\n"
+	})
+}
+
 // The hardware that annotations ask for.
 func TestMachineHardware(t *testing.T) {
 	for name, tc := range map[string]struct {
