@@ -1,15 +1,23 @@
 package vm_test
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"io"
+	"net"
+	"os"
+	"path/filepath"
 	"slices"
+	"sync"
+	"syscall"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
@@ -122,4 +130,70 @@ func drainOne[T any](stream grpc.ServerStreamingClient[T], err error) (*T, error
 		return nil, err
 	}
 	return stream.Recv()
+}
+
+// systemd hears that the daemon is ready when calls are answered and not before, and that it ends.
+func TestReadiness(t *testing.T) {
+	ctx, b := use(t)
+	if err := b.StopVMRuntime(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
+		defer cancel()
+		if err := b.StartVMRuntime(ctx); err != nil {
+			t.Error(err)
+		}
+	})
+	name := filepath.Join(b.Root, "notify")
+	socket, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: name, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer socket.Close()
+	heard := func() string {
+		t.Helper()
+		message := make([]byte, 100)
+		if err := socket.SetReadDeadline(time.Now().Add(time.Minute)); err != nil {
+			t.Fatal(err)
+		}
+		n, err := socket.Read(message)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(message[:n])
+	}
+	var log bytes.Buffer
+	daemon := b.Command(ctx, b.program, "serve", "--config", filepath.Join(b.Root, "vmruntime", "vmruntime.toml"))
+	daemon.Env = append(os.Environ(), "NOTIFY_SOCKET="+name)
+	daemon.Stdout, daemon.Stderr = &log, &log
+	if err := daemon.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := sync.OnceValue(daemon.Wait)
+	defer func() {
+		_ = daemon.Process.Kill() // if the test has not come to its end
+		_ = ended()
+	}()
+	if got := heard(); got != "READY=1" {
+		t.Errorf("systemd hears %q, want READY=1", got)
+	}
+	conn, err := grpc.NewClient("unix://"+b.Socket(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	// One of the calls that are refused until all pods are found again.
+	if _, err := runtimeapi.NewRuntimeServiceClient(conn).ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{}); err != nil {
+		t.Errorf("a daemon that is ready answers: %v", err)
+	}
+	if err := daemon.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if got := heard(); got != "STOPPING=1" {
+		t.Errorf("systemd hears %q, want STOPPING=1", got)
+	}
+	if err := ended(); err != nil {
+		t.Errorf("the daemon ends with %v:\n%s", err, log.String())
+	}
 }

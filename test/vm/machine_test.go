@@ -452,6 +452,7 @@ func TestMachineWatchdog(t *testing.T) {
 	for action, check := range map[string]func(*testing.T, *ctr){
 		"poweroff": endedByWatchdog,
 		"reset":    func(_ *testing.T, c *ctr) { c.up(2) },
+		"pause":    stoodByWatchdog,
 		"inject-nmi": func(_ *testing.T, c *ctr) {
 			c.until("the kernel tells of the NMI", func() bool { return strings.Contains(c.sh("dmesg"), "NMI received") })
 			c.says("info", "boots=1")
@@ -478,6 +479,19 @@ func endedByWatchdog(t *testing.T, c *ctr) {
 	if s := c.wait(); s.GetExitCode() == 0 || s.GetReason() != "GuestFailed" || !strings.Contains(s.GetMessage(), "watchdog") {
 		t.Errorf("after the watchdog: exit code %d, %s %s; want another than 0, GuestFailed, the watchdog", s.GetExitCode(), s.GetReason(), s.GetMessage())
 	}
+}
+
+// stoodByWatchdog holds that the machine stands still, says why, and is brought back by a reset.
+func stoodByWatchdog(t *testing.T, c *ctr) {
+	t.Helper()
+	c.until("the machine stands still", func() bool { return c.vmState() == "watchdog" })
+	if out := c.vm("show", c.pod.id); !regexp.MustCompile(`state +watchdog\n`).MatchString(out) {
+		t.Errorf("show says of a machine that its watchdog has stopped\n%s", out)
+	}
+	c.vm("reset", c.pod.id)
+	c.up(2)
+	c.says("starve", "watchdog armed")
+	c.until("the machine stands still again", func() bool { return c.vmState() == "watchdog" })
 }
 
 // What cannot be is refused in words, and leaves nothing.

@@ -71,9 +71,11 @@ func TestHostMounts(t *testing.T) {
 	c := p.start(with(idle("c"), func(c *runtimeapi.ContainerConfig) {
 		rro := readOnly(mount("/rro", at("tree")))
 		rro.RecursiveReadOnly = true
+		noexec := mount("/noexec", at("rw"))
+		noexec.MountOptions = []string{"noexec", "nosuid"}
 		c.Mounts = []*runtimeapi.Mount{
 			mount("/rw", at("rw")), readOnly(mount("/ro", at("ro"))), mount("/file-rw", at("file-rw")), readOnly(mount("/file-ro", at("file-ro"))),
-			readOnly(mount("/tree-ro", at("tree"))), rro, mount("/made", at("missing/dir")),
+			readOnly(mount("/tree-ro", at("tree"))), rro, mount("/made", at("missing/dir")), noexec,
 		}
 	}))
 	c.expect("cat /rw/from-node /ro/from-node /file-rw /file-ro", "node\nnode\nnode\nnode")
@@ -95,6 +97,7 @@ func TestHostMounts(t *testing.T) {
 	for _, path := range []string{"/ro/file", "/file-ro", "/tree-ro/file", "/rro/file", "/rro/below/file"} {
 		c.expect("(echo x > "+path+") 2>&1 | grep -o 'Read-only file system'", "Read-only file system")
 	}
+	c.expect("awk '$2 == \"/noexec\" && $4 ~ /noexec/ && $4 ~ /nosuid/' /proc/mounts | wc -l; cat /noexec/from-node", "1\nnode")
 	c.sh("echo x > /tree-ro/below/file") // read-only is not recursive unless asked
 
 	// What is mounted below a shared directory does not keep the node from taking the mount and its directory away.
