@@ -279,11 +279,15 @@ func (l *life) checkpointSteps() []step {
 		{"all lines", func(l *life) error { return l.logged(l.a(), checkpointLines-1) }, []string{pod, a + "running"}},
 		{"stop", func(l *life) error { return l.w.stop(l.a(), 10) }, []string{pod, a + "exited"}},
 		{"restore", (*life).restore, []string{pod, a + "exited", r, ra + "created"}},
+		{"remove container", func(l *life) error { return l.w.removeContainer(l.a()) }, []string{pod, r, ra + "created"}},
+		{"stop pod", func(l *life) error { return l.w.stopPod(l.name) }, []string{"pod " + l.name + " notready", r, ra + "created"}},
 		{"remove", func(l *life) error { return l.w.removePod(l.name) }, []string{r, ra + "created"}},
 		{"start restored", func(l *life) error { return l.start(l.restored()) }, []string{r, ra + "running"}},
 		{"all restored lines", func(l *life) error { return l.logged(l.restored(), checkpointLines-1) }, []string{r, ra + "running"}},
 		{"stop restored", func(l *life) error { return l.w.stop(l.restored(), 10) }, []string{r, ra + "exited"}},
 		{"ends", (*life).endOfRestored, []string{r, ra + "exited"}},
+		{"remove restored container", func(l *life) error { return l.w.removeContainer(l.restored()) }, []string{r}},
+		{"stop restored pod", func(l *life) error { return l.w.stopPod(l.restored()) }, []string{"pod " + l.restored() + " notready"}},
 		{"remove restored", func(l *life) error { return l.w.removePod(l.restored()) }, nil},
 	}
 }
