@@ -231,8 +231,9 @@ func (d Disk) device() props {
 }
 
 func (n NIC) device() props {
-	// The option ROM is for booting from the network.
-	p := pciDevice("virtio-net-pci", "nic-"+n.ID, props{"mac": n.MAC, "romfile": ""})
+	// The option ROM is for booting from the network. A guest that is restored announces nothing, see prepareMigration; QEMU 7.2 would
+	// look for the timer of such announcements when the guest resets the device, and end by a signal.
+	p := pciDevice("virtio-net-pci", "nic-"+n.ID, props{"mac": n.MAC, "romfile": "", "guest_announce": false})
 	if n.MTU > 0 {
 		p["host_mtu"] = n.MTU
 	}
