@@ -13,8 +13,8 @@ import (
 	"github.com/vmruntime/vmruntime/image/qcow2"
 )
 
-// overlayName is the writable root disk of a machine, in its directory.
-const overlayName = "overlay.qcow2"
+// RootName is the writable root disk of a machine, in its directory: an overlay of its image's disk.
+const RootName = "overlay.qcow2"
 
 // CreateMachine makes the directory for the files of one machine, readable by root only, and returns its path. owner is
 // the container's ID. It fails with errdefs.ErrAlreadyExists if there is one.
@@ -38,6 +38,14 @@ func (s *Store) CreateMachine(owner string) (string, error) {
 
 // WriteEmpty makes an empty file a qcow2 image of size bytes in which all is zeros.
 func WriteEmpty(f *os.File, size int64) error { return qcow2.WriteEmpty(f, size) }
+
+// OpenMachine opens the directory of a machine.
+func (s *Store) OpenMachine(owner string) (*os.Root, error) {
+	if err := checkName("owner of a machine", owner); err != nil {
+		return nil, err
+	}
+	return os.OpenRoot(s.dirs.machine(owner))
+}
 
 // RemoveMachine removes all files of a machine. It is idempotent.
 func (s *Store) RemoveMachine(owner string) error {
@@ -89,7 +97,7 @@ func (s *Store) CreateRoot(owner string, d *Disk, size int64) (string, error) {
 		return "", fmt.Errorf("size of the root disk is %d bytes, want 0 or a multiple of %d from %d, the size of the image's disk, to 16 TiB: %w",
 			size, sectorSize, d.VirtualSize, errdefs.ErrInvalidArgument)
 	}
-	path := filepath.Join(s.dirs.machine(owner), overlayName)
+	path := filepath.Join(s.dirs.machine(owner), RootName)
 	err := qcow2.CreateOverlay(path, size)
 	if errors.Is(err, fs.ErrNotExist) {
 		err = fmt.Errorf("it has no directory: %w", errdefs.ErrNotFound)

@@ -57,7 +57,9 @@ type checkpointManifest struct {
 	// Disks are the image disks in the order in which they were plugged.
 	Disks      []checkpointDisk                      `json:"disks"`
 	Pod        message[*runtimeapi.PodSandboxConfig] `json:"pod"`
-	Containers []checkpointContainer                 `json:"containers"`
+	Containers []checkpointContainer                 `json:"containers,omitempty"`
+	// Machine is there if the VM is one; then there are no Disks and Containers.
+	Machine *checkpointMachine `json:"machine,omitempty"`
 }
 
 // platform is what has to be the same where a checkpoint is restored.
@@ -143,6 +145,16 @@ func (rt *Runtime) CheckpointPod(ctx context.Context, req *runtimeapi.Checkpoint
 	return &runtimeapi.CheckpointPodResponse{}, p.checkpoint(ctx, selected, w)
 }
 
+// containersOnly refuses machines, which RestorePod cannot make another pod.
+func containersOnly(selected []*container) error {
+	for _, c := range selected {
+		if c.isMachine() {
+			return fmt.Errorf("container %s is a machine, whose guest cannot be made another pod; `vmruntime vm snapshot` and `vmruntime vm restore` take it back to what it was: %w", c.id, errdefs.ErrNotImplemented)
+		}
+	}
+	return nil
+}
+
 // CheckpointContainer writes the pod of a container that is the only one running in it into one file, as CheckpointPod does into a
 // directory.
 func (rt *Runtime) CheckpointContainer(ctx context.Context, req *runtimeapi.CheckpointContainerRequest) (_ *runtimeapi.CheckpointContainerResponse, err error) {
@@ -158,7 +170,7 @@ func (rt *Runtime) CheckpointContainer(ctx context.Context, req *runtimeapi.Chec
 	}
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	if err := errors.Join(c.alone(), c.pod.checkSelected([]*container{c})); err != nil {
+	if err := errors.Join(containersOnly([]*container{c}), c.alone(), c.pod.checkSelected([]*container{c})); err != nil {
 		return nil, err
 	}
 	w, err := archive.CreateTar("location", req.GetLocation())
@@ -197,7 +209,7 @@ func (p *pod) selected(ids []string) ([]*container, error) {
 		}
 		out = append(out, c)
 	}
-	return out, p.checkSelected(out)
+	return out, errors.Join(containersOnly(out), p.checkSelected(out))
 }
 
 // checkSelected refuses what cannot be checkpointed. A VM is captured whole: what runs in it has to be selected.
@@ -210,7 +222,7 @@ func (p *pod) checkSelected(selected []*container) error {
 		case running && !listed:
 			return fmt.Errorf("container %s runs too and is not in container_ids; a VM is checkpointed with all that runs in it: %w", c.id, errdefs.ErrFailedPrecondition)
 		case listed && c.isMachine():
-			return fmt.Errorf("container %s is a machine; only pods of containers can be checkpointed: %w", c.id, errdefs.ErrNotImplemented)
+			return c.checkMachine()
 		case running && c.shares():
 			return fmt.Errorf("container %s has volumes that are shared with the node by virtiofs, which holds state outside of the VM; it cannot be checkpointed: %w", c.id, errdefs.ErrFailedPrecondition)
 		}
@@ -282,7 +294,12 @@ func (p *pod) captureUnlessCut(ctx context.Context, g *guest, selected []*contai
 	defer cut(nil)
 	p.cut.Store(&cut)
 	defer p.cut.Store(nil)
-	err := p.capture(ctx, g, selected, m, w)
+	var err error
+	if g.machine != nil {
+		err = selected[0].captureMachine(ctx, g, m, w)
+	} else {
+		err = p.capture(ctx, g, selected, m, w)
+	}
 	if err != nil && errors.Is(context.Cause(ctx), errCut) {
 		return errCut
 	}
@@ -309,7 +326,11 @@ func (p *pod) describeCheckpoint(ctx context.Context, g *guest, selected []*cont
 	if err != nil {
 		return nil, err
 	}
-	if size.Plugged() {
+	resized := size.Plugged()
+	if g.machine != nil { // its balloon is there from the start
+		resized = size.MemoryBytes() != size.BootBytes
+	}
+	if resized {
 		return nil, fmt.Errorf("the VM of sandbox %s has been resized since it booted, so it cannot be checkpointed; it can when it has started anew: %w", p.id, errdefs.ErrFailedPrecondition)
 	}
 	m := &checkpointManifest{
@@ -320,6 +341,10 @@ func (p *pod) describeCheckpoint(ctx context.Context, g *guest, selected []*cont
 	}
 	if m.Platform.QEMU, err = runningQEMU(ctx, g.vm); err != nil {
 		return nil, err
+	}
+	if g.machine != nil {
+		m.Machine = selected[0].describeMachine()
+		return m, nil
 	}
 	for _, nic := range s.Network.Interfaces {
 		m.Interfaces = append(m.Interfaces, checkpointInterface{MAC: nic.MAC, MTU: nic.MTU})
@@ -362,11 +387,7 @@ func (p *pod) capture(ctx context.Context, g *guest, selected []*container, m *c
 	if err := g.freeze(ctx, selected, m); err != nil {
 		return err
 	}
-	err := w.Stream(ctx, memoryStream, func(to io.Writer) error {
-		buffered := bufio.NewWriterSize(to, 1<<20)
-		return errors.Join(g.vm.SaveState(ctx, buffered), buffered.Flush())
-	})
-	if err != nil {
+	if err := g.saveMemory(ctx, w); err != nil {
 		return err
 	}
 	disk, err := p.rt.images.OpenScratch(p.id)
@@ -383,6 +404,14 @@ func (p *pod) capture(ctx context.Context, g *guest, selected []*container, m *c
 		return err
 	}
 	return ctx.Err()
+}
+
+// saveMemory stops the VM and writes its memory and devices.
+func (g *guest) saveMemory(ctx context.Context, w *archive.Writer) error {
+	return w.Stream(ctx, memoryStream, func(to io.Writer) error {
+		buffered := bufio.NewWriterSize(to, 1<<20)
+		return errors.Join(g.vm.SaveState(ctx, buffered), buffered.Flush())
+	})
 }
 
 // freeze stops the containers in the guest, which the saved state has so, and waits until all that they have written
@@ -434,14 +463,21 @@ func (g *guest) release(ctx context.Context) error {
 	if err := g.vm.Resume(ctx); err != nil {
 		return fmt.Errorf("let the VM go on: %w", err)
 	}
-	client, err := g.session(ctx)
-	if err == nil {
-		_, err = client.Thaw(ctx, &agentpb.ThawRequest{})
-	}
-	if err != nil {
-		return fmt.Errorf("let the containers go on: %w", err)
+	if g.machine == nil {
+		if err := g.thaw(ctx); err != nil {
+			return fmt.Errorf("let the containers go on: %w", err)
+		}
 	}
 	return g.pod.update(func(s *podStatus) error { s.Capturing = false; return nil })
+}
+
+func (g *guest) thaw(ctx context.Context) error {
+	client, err := g.session(ctx)
+	if err != nil {
+		return err
+	}
+	_, err = client.Thaw(ctx, &agentpb.ThawRequest{})
+	return err
 }
 
 // releaseLeft lets go on what a daemon that was killed during a checkpoint has left stopped. QEMU may not have noticed yet that

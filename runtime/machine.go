@@ -180,8 +180,13 @@ func (m *machineSpec) size(vm VMConfig, sandbox *runtimeapi.PodSandboxConfig, cf
 }
 
 // machineFiles are the files of a machine, which live as long as its container.
-type machineFiles struct{ dir string }
+type machineFiles struct {
+	dir string
+	// there says that the files are those of a snapshot, and only to be used.
+	there bool
+}
 
+func (f machineFiles) root() string     { return filepath.Join(f.dir, image.RootName) }
 func (f machineFiles) vars() string     { return filepath.Join(f.dir, "vars.fd") }
 func (f machineFiles) seed() string     { return filepath.Join(f.dir, "seed.iso") }
 func (f machineFiles) ignition() string { return filepath.Join(f.dir, "ignition") }
@@ -193,7 +198,7 @@ func (c *container) makeMachineFiles() (machineFiles, error) {
 		return machineFiles{}, err
 	}
 	dir, err := c.rt.images.CreateMachine(c.id)
-	return machineFiles{dir}, err
+	return machineFiles{dir: dir}, err
 }
 
 // copyFile copies a small file, such as a template of firmware variables.

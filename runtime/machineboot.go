@@ -43,7 +43,11 @@ func (c *container) startMachine(ctx context.Context) error {
 	if err := p.rt.images.RemoveScratch(p.id); err != nil {
 		return err
 	}
-	g, err := c.bootMachine(ctx)
+	files, err := c.makeMachineFiles()
+	if err != nil {
+		return err
+	}
+	g, err = c.bootMachine(ctx, files)
 	if err == nil {
 		err = c.openLog()
 	}
@@ -63,15 +67,11 @@ func (c *container) startMachine(ctx context.Context) error {
 	return nil
 }
 
-// bootMachine makes the machine's files, starts what stands beside QEMU, and QEMU. On error it may return a guest that is to be ended,
+// bootMachine fills the machine's files, starts what stands beside QEMU, and QEMU. On error it may return a guest that is to be ended,
 // and what else was started is in the pod's cgroup.
-func (c *container) bootMachine(ctx context.Context) (*guest, error) {
+func (c *container) bootMachine(ctx context.Context, files machineFiles) (*guest, error) {
 	p := c.pod
 	asked, err := p.annotations()
-	if err != nil {
-		return nil, err
-	}
-	files, err := c.makeMachineFiles()
 	if err != nil {
 		return nil, err
 	}
@@ -79,13 +79,14 @@ func (c *container) bootMachine(ctx context.Context) (*guest, error) {
 	if err != nil {
 		return nil, err
 	}
+	m.Incoming = files.there
 	if err := c.makeSeed(ctx, asked, files, &m); err != nil {
 		return nil, err
 	}
 	if err := os.MkdirAll(p.runDir(), 0o711); err != nil {
 		return nil, err
 	}
-	parts := &machineParts{container: c.id}
+	parts := newMachineParts(c.id)
 	if err := c.startBeside(ctx, asked, files, parts, &m); err != nil {
 		return nil, errors.Join(err, parts.close())
 	}
@@ -132,7 +133,7 @@ func (c *container) machine(ctx context.Context, asked *annotation.Machine, file
 	if uid := p.config().GetMetadata().GetUid(); uid != "" {
 		m.Serial = uid
 	}
-	return m, errors.Join(c.addKernel(ctx, asked, &m), addFirmware(asked, files, &m), c.addDisks(ctx, asked, &m))
+	return m, errors.Join(c.addKernel(ctx, asked, &m), addFirmware(asked, files, &m), c.addDisks(ctx, asked, files, &m))
 }
 
 func machineType(arch string) string {
@@ -179,8 +180,10 @@ func addFirmware(asked *annotation.Machine, files machineFiles, m *qemu.Machine)
 	if err != nil {
 		return fmt.Errorf("annotation %sfirmware is %q: %w", annotation.Prefix, kind, err)
 	}
-	if err := copyFile(found.Vars, files.vars()); err != nil {
-		return err
+	if !files.there {
+		if err := copyFile(found.Vars, files.vars()); err != nil {
+			return err
+		}
 	}
 	found.Vars = files.vars()
 	m.Firmware = &found
@@ -188,19 +191,20 @@ func addFirmware(asked *annotation.Machine, files machineFiles, m *qemu.Machine)
 }
 
 // addDisks gives the machine its root disk and the volumes.
-func (c *container) addDisks(ctx context.Context, asked *annotation.Machine, m *qemu.Machine) error {
+func (c *container) addDisks(ctx context.Context, asked *annotation.Machine, files machineFiles, m *qemu.Machine) error {
 	spec, bus := c.rec.Spec().Machine, diskBus(asked)
 	if spec.Disk && spec.rootVolume() == nil {
 		disk, err := c.rt.images.FindDisk(ctx, c.rec.Spec().ImageID, c.id)
 		if err != nil {
 			return err
 		}
-		overlay, err := c.rt.images.CreateRoot(c.id, disk, spec.RootSize)
-		if err != nil {
-			return err
+		if !files.there {
+			if _, err := c.rt.images.CreateRoot(c.id, disk, spec.RootSize); err != nil {
+				return err
+			}
 		}
 		m.Disks = append(m.Disks, qemu.Disk{
-			Serial: rootSerial, Path: overlay, Format: "qcow2", Bus: bus, BootIndex: 1,
+			Serial: rootSerial, Path: files.root(), Format: "qcow2", Bus: bus, BootIndex: 1,
 			Backing: &qemu.Backing{Path: disk.Path, Format: disk.Format},
 		})
 	}
@@ -239,6 +243,9 @@ func (c *container) makeSeed(ctx context.Context, asked *annotation.Machine, fil
 	if asked.Datasource == "none" {
 		return nil
 	}
+	if files.there {
+		return files.addSeed(asked, m)
+	}
 	in, err := c.seedInput(asked)
 	if err != nil {
 		return err
@@ -251,13 +258,20 @@ func (c *container) makeSeed(ctx context.Context, asked *annotation.Machine, fil
 		return err
 	}
 	if len(s.Ignition) > 0 {
-		m.Ignition = files.ignition()
-		return os.WriteFile(m.Ignition, s.Ignition, 0o600)
+		err = os.WriteFile(files.ignition(), s.Ignition, 0o600)
+	} else {
+		err = s.WriteISO(files.seed())
 	}
-	if err := s.WriteISO(files.seed()); err != nil {
-		return err
+	return errors.Join(err, files.addSeed(asked, m))
+}
+
+// addSeed gives the machine the one that was made.
+func (f machineFiles) addSeed(asked *annotation.Machine, m *qemu.Machine) error {
+	if _, err := os.Stat(f.ignition()); err == nil {
+		m.Ignition = f.ignition()
+		return nil
 	}
-	d := qemu.Disk{Serial: seedSerial, Path: files.seed(), Format: "raw", ReadOnly: true, Bus: diskBus(asked)}
+	d := qemu.Disk{Serial: seedSerial, Path: f.seed(), Format: "raw", ReadOnly: true, Bus: diskBus(asked)}
 	d.CDROM = d.Bus != qemu.BusVirtio
 	m.Disks = append(m.Disks, d)
 	return nil

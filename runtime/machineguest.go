@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -43,8 +44,17 @@ type machineParts struct {
 	mu  sync.Mutex
 	qga *qga.Client
 
+	// decided is set by whoever decides what the end of this QEMU is: the container's, or nothing, since another QEMU goes on as the
+	// machine. followed is closed when its console is all taken.
+	decided  atomic.Bool
+	followed chan struct{}
+
 	// writer is held by the one attached client that may type on the console.
 	writer sync.Mutex
+}
+
+func newMachineParts(container string) *machineParts {
+	return &machineParts{container: container, followed: make(chan struct{})}
 }
 
 // record adds what a later daemon needs to find the parts again.
@@ -194,8 +204,9 @@ func (c *container) watchMachine(g *guest) {
 	c.output.remember(consoleKept)
 	c.rt.owned.Go(func() {
 		c.copyConsole(c.rt.ctx, g)
-		if c.rt.ctx.Err() != nil {
-			return // the machine goes on; the next daemon follows it
+		close(g.machine.followed)
+		if c.rt.ctx.Err() != nil || !g.machine.decided.CompareAndSwap(false, true) {
+			return // the machine goes on; the next daemon, or whoever replaces this QEMU, follows it
 		}
 		c.finish(endOfMachine(g.end()))
 		c.pod.clearMachine(g)

@@ -166,7 +166,7 @@ func (rt *Runtime) recoverPod(ctx context.Context, p *pod) error {
 	}
 	var parts *machineParts
 	if s.Guest.Machine != "" {
-		parts = &machineParts{container: s.Guest.Machine}
+		parts = newMachineParts(s.Guest.Machine)
 	}
 	g := newGuest(p, s.Guest.Boot, vm, parts, time.Time{})
 	p.setGuest(g)

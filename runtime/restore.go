@@ -137,6 +137,14 @@ func (rt *Runtime) checkRestore(ctx context.Context, req *runtimeapi.RestorePodR
 
 // fits refuses a checkpoint that this node, or this request, cannot restore.
 func (rt *Runtime) fits(ctx context.Context, m *checkpointManifest, req *runtimeapi.RestorePodRequest) error {
+	if m.Machine != nil {
+		return fmt.Errorf("the checkpoint is the snapshot of a machine; `vmruntime vm restore` takes it: %w", errdefs.ErrFailedPrecondition)
+	}
+	return errors.Join(rt.fitsNode(ctx, m), m.fitsPod(req.GetConfig()), m.fitsNames(req.GetContainerConfigs()))
+}
+
+// fitsNode refuses a checkpoint that this node cannot restore.
+func (rt *Runtime) fitsNode(ctx context.Context, m *checkpointManifest) error {
 	accel, err := rt.accel.verdict(ctx)
 	if err != nil {
 		return err
@@ -158,11 +166,11 @@ func (rt *Runtime) fits(ctx context.Context, m *checkpointManifest, req *runtime
 		{"guest initramfs' SHA-256", m.Platform.Initramfs, here.Initramfs},
 		{"guest kernel's command line", m.Platform.Cmdline, here.Cmdline},
 	} {
-		if f.was != f.is {
+		if f.was != f.is && (m.Machine == nil || !strings.HasPrefix(f.what, "guest")) {
 			errs = append(errs, fmt.Errorf("the checkpoint's %s is %q, this node's is %q: %w", f.what, f.was, f.is, errdefs.ErrFailedPrecondition))
 		}
 	}
-	return errors.Join(append(errs, m.fitsPod(req.GetConfig()), m.fitsNames(req.GetContainerConfigs()))...)
+	return errors.Join(errs...)
 }
 
 // fitsPod refuses settings of the sandbox that a guest which has booted already does not change.

@@ -14,6 +14,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/vmruntime/vmruntime/runtime/archive"
 	"github.com/vmruntime/vmruntime/runtime/vmpb"
 )
 
@@ -129,6 +130,53 @@ func (s *vmService) Screenshot(ctx context.Context, req *vmpb.ScreenshotRequest)
 	}
 	png, err := g.vm.Screenshot(ctx)
 	return &vmpb.ScreenshotResponse{Png: png}, err
+}
+
+// Snapshot writes a VM that runs into a directory.
+func (s *vmService) Snapshot(ctx context.Context, req *vmpb.SnapshotRequest) (_ *vmpb.SnapshotResponse, err error) {
+	g, err := s.rt.findGuest(req.GetVm())
+	if err != nil {
+		return nil, err
+	}
+	var running []*container
+	for _, c := range s.rt.containersOf(g.pod.id) {
+		if c.rec.Status().running() {
+			running = append(running, c)
+		}
+	}
+	if len(running) == 0 {
+		return nil, fmt.Errorf("no container of pod %s runs; there is nothing to save: %w", g.pod.id, errdefs.ErrFailedPrecondition)
+	}
+	if err := g.pod.checkSelected(running); err != nil {
+		return nil, err
+	}
+	w, err := archive.Create("directory", req.GetDirectory())
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, w.Close()) }()
+	g.log.Info("saved by an administrator", "directory", req.GetDirectory())
+	return &vmpb.SnapshotResponse{}, g.pod.checkpoint(ctx, running, w)
+}
+
+// Restore makes a machine what it was at a snapshot.
+func (s *vmService) Restore(ctx context.Context, req *vmpb.RestoreRequest) (_ *vmpb.RestoreResponse, err error) {
+	g, err := s.rt.findMachine(req.GetVm(), "restored in its place: RestorePod of the CRI makes another pod of the snapshot")
+	if err != nil {
+		return nil, err
+	}
+	c, err := s.rt.containerByID(g.machine.container)
+	if err != nil {
+		return nil, err
+	}
+	m := &checkpointManifest{}
+	r, err := archive.Open(ctx, "directory", req.GetDirectory(), m)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, r.Close()) }()
+	g.log.Info("restored by an administrator", "directory", req.GetDirectory())
+	return &vmpb.RestoreResponse{}, c.restoreMachine(ctx, m, r)
 }
 
 // Clone writes a machine's disk to a file.

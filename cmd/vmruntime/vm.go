@@ -47,6 +47,7 @@ run; only root may speak to it.`,
 	cmd.PersistentFlags().StringVar(&flags.address, "address", "", "the daemon's `socket` for administrators (default server.admin_socket of the configuration)")
 	cmd.AddCommand(listCommand(&flags), showCommand(&flags), screenshotCommand(&flags), consoleCommand(&flags), vncCommand(&flags), rebootCommand(&flags), cloneCommand(&flags))
 	cmd.AddCommand(actionCommands(&flags)...)
+	cmd.AddCommand(saveCommands(&flags)...)
 	return cmd
 }
 
@@ -126,8 +127,56 @@ func actionCommands(flags *vmFlags) []*cobra.Command {
 	return out
 }
 
-// cloneTimeout bounds copying a disk.
-const cloneTimeout = time.Hour
+const (
+	// saveTimeout bounds saving and restoring a VM, cloneTimeout copying a disk.
+	saveTimeout  = 10 * time.Minute
+	cloneTimeout = time.Hour
+)
+
+// saveCommands are those of snapshots.
+func saveCommands(flags *vmFlags) []*cobra.Command {
+	var out []*cobra.Command
+	for _, a := range []struct {
+		name, short, long string
+		call              func(context.Context, vmpb.VMServiceClient, string, string) error
+	}{
+		{
+			"snapshot", "Write a VM that runs, its memory and its disk, into an empty directory",
+			`Write a VM that runs, its memory and its disk, into an empty directory.
+
+The guest stands still meanwhile. The directory has all of the guest's memory, and so its secrets. That of a machine is for
+"vm restore"; that of a pod of containers is what CheckpointPod of the CRI writes.`,
+			func(ctx context.Context, c vmpb.VMServiceClient, vm, dir string) error {
+				_, err := c.Snapshot(ctx, &vmpb.SnapshotRequest{Vm: vm, Directory: dir})
+				return err
+			},
+		},
+		{
+			"restore", "Make a machine that runs what it was at a snapshot",
+			`Make a machine that runs what it was at a snapshot.
+
+What it has done since is lost. The snapshot has to be of the same sandbox; its container, network and log go on.`,
+			func(ctx context.Context, c vmpb.VMServiceClient, vm, dir string) error {
+				_, err := c.Restore(ctx, &vmpb.RestoreRequest{Vm: vm, Directory: dir})
+				return err
+			},
+		},
+	} {
+		out = append(out, &cobra.Command{
+			Use: a.name + " VM DIRECTORY", Short: a.short, Long: a.long, Args: cobra.ExactArgs(2),
+			RunE: func(cmd *cobra.Command, args []string) error {
+				dir, err := filepath.Abs(args[1])
+				if err != nil {
+					return err
+				}
+				ctx, cancel := context.WithTimeout(cmd.Context(), saveTimeout)
+				defer cancel()
+				return flags.ask(ctx, func(ctx context.Context, c vmpb.VMServiceClient) error { return a.call(ctx, c, args[0], dir) })
+			},
+		})
+	}
+	return out
+}
 
 func cloneCommand(flags *vmFlags) *cobra.Command {
 	return &cobra.Command{

@@ -1339,6 +1339,184 @@ func (x *ScreenshotResponse) GetPng() []byte {
 	return nil
 }
 
+type SnapshotRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Vm    string                 `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	// An absolute path without symbolic links to an empty directory.
+	Directory     string `protobuf:"bytes,2,opt,name=directory,proto3" json:"directory,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SnapshotRequest) Reset() {
+	*x = SnapshotRequest{}
+	mi := &file_vm_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SnapshotRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SnapshotRequest) ProtoMessage() {}
+
+func (x *SnapshotRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vm_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SnapshotRequest.ProtoReflect.Descriptor instead.
+func (*SnapshotRequest) Descriptor() ([]byte, []int) {
+	return file_vm_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *SnapshotRequest) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+func (x *SnapshotRequest) GetDirectory() string {
+	if x != nil {
+		return x.Directory
+	}
+	return ""
+}
+
+type SnapshotResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SnapshotResponse) Reset() {
+	*x = SnapshotResponse{}
+	mi := &file_vm_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SnapshotResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SnapshotResponse) ProtoMessage() {}
+
+func (x *SnapshotResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_vm_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SnapshotResponse.ProtoReflect.Descriptor instead.
+func (*SnapshotResponse) Descriptor() ([]byte, []int) {
+	return file_vm_proto_rawDescGZIP(), []int{24}
+}
+
+type RestoreRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Vm    string                 `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	// What Snapshot has written.
+	Directory     string `protobuf:"bytes,2,opt,name=directory,proto3" json:"directory,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RestoreRequest) Reset() {
+	*x = RestoreRequest{}
+	mi := &file_vm_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestoreRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestoreRequest) ProtoMessage() {}
+
+func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vm_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestoreRequest.ProtoReflect.Descriptor instead.
+func (*RestoreRequest) Descriptor() ([]byte, []int) {
+	return file_vm_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *RestoreRequest) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+func (x *RestoreRequest) GetDirectory() string {
+	if x != nil {
+		return x.Directory
+	}
+	return ""
+}
+
+type RestoreResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RestoreResponse) Reset() {
+	*x = RestoreResponse{}
+	mi := &file_vm_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestoreResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestoreResponse) ProtoMessage() {}
+
+func (x *RestoreResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_vm_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestoreResponse.ProtoReflect.Descriptor instead.
+func (*RestoreResponse) Descriptor() ([]byte, []int) {
+	return file_vm_proto_rawDescGZIP(), []int{26}
+}
+
 type CloneRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Vm    string                 `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
@@ -1350,7 +1528,7 @@ type CloneRequest struct {
 
 func (x *CloneRequest) Reset() {
 	*x = CloneRequest{}
-	mi := &file_vm_proto_msgTypes[23]
+	mi := &file_vm_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1362,7 +1540,7 @@ func (x *CloneRequest) String() string {
 func (*CloneRequest) ProtoMessage() {}
 
 func (x *CloneRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[23]
+	mi := &file_vm_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1375,7 +1553,7 @@ func (x *CloneRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloneRequest.ProtoReflect.Descriptor instead.
 func (*CloneRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{23}
+	return file_vm_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *CloneRequest) GetVm() string {
@@ -1402,7 +1580,7 @@ type CloneResponse struct {
 
 func (x *CloneResponse) Reset() {
 	*x = CloneResponse{}
-	mi := &file_vm_proto_msgTypes[24]
+	mi := &file_vm_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1414,7 +1592,7 @@ func (x *CloneResponse) String() string {
 func (*CloneResponse) ProtoMessage() {}
 
 func (x *CloneResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[24]
+	mi := &file_vm_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1427,7 +1605,7 @@ func (x *CloneResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloneResponse.ProtoReflect.Descriptor instead.
 func (*CloneResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{24}
+	return file_vm_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *CloneResponse) GetFrozen() bool {
@@ -1450,7 +1628,7 @@ type ConsoleRequest struct {
 
 func (x *ConsoleRequest) Reset() {
 	*x = ConsoleRequest{}
-	mi := &file_vm_proto_msgTypes[25]
+	mi := &file_vm_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1462,7 +1640,7 @@ func (x *ConsoleRequest) String() string {
 func (*ConsoleRequest) ProtoMessage() {}
 
 func (x *ConsoleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[25]
+	mi := &file_vm_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1475,7 +1653,7 @@ func (x *ConsoleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleRequest.ProtoReflect.Descriptor instead.
 func (*ConsoleRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{25}
+	return file_vm_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ConsoleRequest) GetMessage() isConsoleRequest_Message {
@@ -1528,7 +1706,7 @@ type ConsoleResponse struct {
 
 func (x *ConsoleResponse) Reset() {
 	*x = ConsoleResponse{}
-	mi := &file_vm_proto_msgTypes[26]
+	mi := &file_vm_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1540,7 +1718,7 @@ func (x *ConsoleResponse) String() string {
 func (*ConsoleResponse) ProtoMessage() {}
 
 func (x *ConsoleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[26]
+	mi := &file_vm_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1553,7 +1731,7 @@ func (x *ConsoleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleResponse.ProtoReflect.Descriptor instead.
 func (*ConsoleResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{26}
+	return file_vm_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ConsoleResponse) GetData() []byte {
@@ -1576,7 +1754,7 @@ type VNCRequest struct {
 
 func (x *VNCRequest) Reset() {
 	*x = VNCRequest{}
-	mi := &file_vm_proto_msgTypes[27]
+	mi := &file_vm_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1588,7 +1766,7 @@ func (x *VNCRequest) String() string {
 func (*VNCRequest) ProtoMessage() {}
 
 func (x *VNCRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[27]
+	mi := &file_vm_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1601,7 +1779,7 @@ func (x *VNCRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VNCRequest.ProtoReflect.Descriptor instead.
 func (*VNCRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{27}
+	return file_vm_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *VNCRequest) GetMessage() isVNCRequest_Message {
@@ -1654,7 +1832,7 @@ type VNCResponse struct {
 
 func (x *VNCResponse) Reset() {
 	*x = VNCResponse{}
-	mi := &file_vm_proto_msgTypes[28]
+	mi := &file_vm_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1666,7 +1844,7 @@ func (x *VNCResponse) String() string {
 func (*VNCResponse) ProtoMessage() {}
 
 func (x *VNCResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[28]
+	mi := &file_vm_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1679,7 +1857,7 @@ func (x *VNCResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VNCResponse.ProtoReflect.Descriptor instead.
 func (*VNCResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{28}
+	return file_vm_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *VNCResponse) GetData() []byte {
@@ -1702,7 +1880,7 @@ type ConsoleRequest_Open struct {
 
 func (x *ConsoleRequest_Open) Reset() {
 	*x = ConsoleRequest_Open{}
-	mi := &file_vm_proto_msgTypes[30]
+	mi := &file_vm_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1714,7 +1892,7 @@ func (x *ConsoleRequest_Open) String() string {
 func (*ConsoleRequest_Open) ProtoMessage() {}
 
 func (x *ConsoleRequest_Open) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[30]
+	mi := &file_vm_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1727,7 +1905,7 @@ func (x *ConsoleRequest_Open) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleRequest_Open.ProtoReflect.Descriptor instead.
 func (*ConsoleRequest_Open) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{25, 0}
+	return file_vm_proto_rawDescGZIP(), []int{29, 0}
 }
 
 func (x *ConsoleRequest_Open) GetVm() string {
@@ -1760,7 +1938,7 @@ type VNCRequest_Open struct {
 
 func (x *VNCRequest_Open) Reset() {
 	*x = VNCRequest_Open{}
-	mi := &file_vm_proto_msgTypes[31]
+	mi := &file_vm_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1772,7 +1950,7 @@ func (x *VNCRequest_Open) String() string {
 func (*VNCRequest_Open) ProtoMessage() {}
 
 func (x *VNCRequest_Open) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[31]
+	mi := &file_vm_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1785,7 +1963,7 @@ func (x *VNCRequest_Open) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VNCRequest_Open.ProtoReflect.Descriptor instead.
 func (*VNCRequest_Open) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{27, 0}
+	return file_vm_proto_rawDescGZIP(), []int{31, 0}
 }
 
 func (x *VNCRequest_Open) GetVm() string {
@@ -1900,7 +2078,15 @@ const file_vm_proto_rawDesc = "" +
 	"\x11ScreenshotRequest\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\"&\n" +
 	"\x12ScreenshotResponse\x12\x10\n" +
-	"\x03png\x18\x01 \x01(\fR\x03png\"2\n" +
+	"\x03png\x18\x01 \x01(\fR\x03png\"?\n" +
+	"\x0fSnapshotRequest\x12\x0e\n" +
+	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x1c\n" +
+	"\tdirectory\x18\x02 \x01(\tR\tdirectory\"\x12\n" +
+	"\x10SnapshotResponse\">\n" +
+	"\x0eRestoreRequest\x12\x0e\n" +
+	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x1c\n" +
+	"\tdirectory\x18\x02 \x01(\tR\tdirectory\"\x11\n" +
+	"\x0fRestoreResponse\"2\n" +
 	"\fCloneRequest\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x12\n" +
 	"\x04file\x18\x02 \x01(\tR\x04file\"'\n" +
@@ -1924,7 +2110,7 @@ const file_vm_proto_rawDesc = "" +
 	"\x02vm\x18\x01 \x01(\tR\x02vmB\t\n" +
 	"\amessage\"!\n" +
 	"\vVNCResponse\x12\x12\n" +
-	"\x04data\x18\x01 \x01(\fR\x04data2\xb4\x06\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data2\xd3\a\n" +
 	"\tVMService\x12C\n" +
 	"\x04List\x12\x1c.vmruntime.vm.v1.ListRequest\x1a\x1d.vmruntime.vm.v1.ListResponse\x12C\n" +
 	"\x04Show\x12\x1c.vmruntime.vm.v1.ShowRequest\x1a\x1d.vmruntime.vm.v1.ShowResponse\x12F\n" +
@@ -1934,7 +2120,9 @@ const file_vm_proto_rawDesc = "" +
 	"\x06Reboot\x12\x1e.vmruntime.vm.v1.RebootRequest\x1a\x1f.vmruntime.vm.v1.RebootResponse\x12@\n" +
 	"\x03NMI\x12\x1b.vmruntime.vm.v1.NMIRequest\x1a\x1c.vmruntime.vm.v1.NMIResponse\x12U\n" +
 	"\n" +
-	"Screenshot\x12\".vmruntime.vm.v1.ScreenshotRequest\x1a#.vmruntime.vm.v1.ScreenshotResponse\x12F\n" +
+	"Screenshot\x12\".vmruntime.vm.v1.ScreenshotRequest\x1a#.vmruntime.vm.v1.ScreenshotResponse\x12O\n" +
+	"\bSnapshot\x12 .vmruntime.vm.v1.SnapshotRequest\x1a!.vmruntime.vm.v1.SnapshotResponse\x12L\n" +
+	"\aRestore\x12\x1f.vmruntime.vm.v1.RestoreRequest\x1a .vmruntime.vm.v1.RestoreResponse\x12F\n" +
 	"\x05Clone\x12\x1d.vmruntime.vm.v1.CloneRequest\x1a\x1e.vmruntime.vm.v1.CloneResponse\x12P\n" +
 	"\aConsole\x12\x1f.vmruntime.vm.v1.ConsoleRequest\x1a .vmruntime.vm.v1.ConsoleResponse(\x010\x01\x12D\n" +
 	"\x03VNC\x12\x1b.vmruntime.vm.v1.VNCRequest\x1a\x1c.vmruntime.vm.v1.VNCResponse(\x010\x01B2Z0github.com/vmruntime/vmruntime/runtime/vmpb;vmpbb\x06proto3"
@@ -1951,7 +2139,7 @@ func file_vm_proto_rawDescGZIP() []byte {
 	return file_vm_proto_rawDescData
 }
 
-var file_vm_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
+var file_vm_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
 var file_vm_proto_goTypes = []any{
 	(*ListRequest)(nil),         // 0: vmruntime.vm.v1.ListRequest
 	(*ListResponse)(nil),        // 1: vmruntime.vm.v1.ListResponse
@@ -1976,15 +2164,19 @@ var file_vm_proto_goTypes = []any{
 	(*NMIResponse)(nil),         // 20: vmruntime.vm.v1.NMIResponse
 	(*ScreenshotRequest)(nil),   // 21: vmruntime.vm.v1.ScreenshotRequest
 	(*ScreenshotResponse)(nil),  // 22: vmruntime.vm.v1.ScreenshotResponse
-	(*CloneRequest)(nil),        // 23: vmruntime.vm.v1.CloneRequest
-	(*CloneResponse)(nil),       // 24: vmruntime.vm.v1.CloneResponse
-	(*ConsoleRequest)(nil),      // 25: vmruntime.vm.v1.ConsoleRequest
-	(*ConsoleResponse)(nil),     // 26: vmruntime.vm.v1.ConsoleResponse
-	(*VNCRequest)(nil),          // 27: vmruntime.vm.v1.VNCRequest
-	(*VNCResponse)(nil),         // 28: vmruntime.vm.v1.VNCResponse
-	nil,                         // 29: vmruntime.vm.v1.ShowResponse.InfoEntry
-	(*ConsoleRequest_Open)(nil), // 30: vmruntime.vm.v1.ConsoleRequest.Open
-	(*VNCRequest_Open)(nil),     // 31: vmruntime.vm.v1.VNCRequest.Open
+	(*SnapshotRequest)(nil),     // 23: vmruntime.vm.v1.SnapshotRequest
+	(*SnapshotResponse)(nil),    // 24: vmruntime.vm.v1.SnapshotResponse
+	(*RestoreRequest)(nil),      // 25: vmruntime.vm.v1.RestoreRequest
+	(*RestoreResponse)(nil),     // 26: vmruntime.vm.v1.RestoreResponse
+	(*CloneRequest)(nil),        // 27: vmruntime.vm.v1.CloneRequest
+	(*CloneResponse)(nil),       // 28: vmruntime.vm.v1.CloneResponse
+	(*ConsoleRequest)(nil),      // 29: vmruntime.vm.v1.ConsoleRequest
+	(*ConsoleResponse)(nil),     // 30: vmruntime.vm.v1.ConsoleResponse
+	(*VNCRequest)(nil),          // 31: vmruntime.vm.v1.VNCRequest
+	(*VNCResponse)(nil),         // 32: vmruntime.vm.v1.VNCResponse
+	nil,                         // 33: vmruntime.vm.v1.ShowResponse.InfoEntry
+	(*ConsoleRequest_Open)(nil), // 34: vmruntime.vm.v1.ConsoleRequest.Open
+	(*VNCRequest_Open)(nil),     // 35: vmruntime.vm.v1.VNCRequest.Open
 }
 var file_vm_proto_depIdxs = []int32{
 	2,  // 0: vmruntime.vm.v1.ListResponse.vms:type_name -> vmruntime.vm.v1.VM
@@ -1994,11 +2186,11 @@ var file_vm_proto_depIdxs = []int32{
 	9,  // 4: vmruntime.vm.v1.ShowResponse.guest:type_name -> vmruntime.vm.v1.Guest
 	7,  // 5: vmruntime.vm.v1.ShowResponse.interfaces:type_name -> vmruntime.vm.v1.Interface
 	8,  // 6: vmruntime.vm.v1.ShowResponse.containers:type_name -> vmruntime.vm.v1.Container
-	29, // 7: vmruntime.vm.v1.ShowResponse.info:type_name -> vmruntime.vm.v1.ShowResponse.InfoEntry
+	33, // 7: vmruntime.vm.v1.ShowResponse.info:type_name -> vmruntime.vm.v1.ShowResponse.InfoEntry
 	7,  // 8: vmruntime.vm.v1.Guest.interfaces:type_name -> vmruntime.vm.v1.Interface
 	10, // 9: vmruntime.vm.v1.Guest.file_systems:type_name -> vmruntime.vm.v1.FileSystem
-	30, // 10: vmruntime.vm.v1.ConsoleRequest.open:type_name -> vmruntime.vm.v1.ConsoleRequest.Open
-	31, // 11: vmruntime.vm.v1.VNCRequest.open:type_name -> vmruntime.vm.v1.VNCRequest.Open
+	34, // 10: vmruntime.vm.v1.ConsoleRequest.open:type_name -> vmruntime.vm.v1.ConsoleRequest.Open
+	35, // 11: vmruntime.vm.v1.VNCRequest.open:type_name -> vmruntime.vm.v1.VNCRequest.Open
 	0,  // 12: vmruntime.vm.v1.VMService.List:input_type -> vmruntime.vm.v1.ListRequest
 	3,  // 13: vmruntime.vm.v1.VMService.Show:input_type -> vmruntime.vm.v1.ShowRequest
 	11, // 14: vmruntime.vm.v1.VMService.Pause:input_type -> vmruntime.vm.v1.PauseRequest
@@ -2007,22 +2199,26 @@ var file_vm_proto_depIdxs = []int32{
 	17, // 17: vmruntime.vm.v1.VMService.Reboot:input_type -> vmruntime.vm.v1.RebootRequest
 	19, // 18: vmruntime.vm.v1.VMService.NMI:input_type -> vmruntime.vm.v1.NMIRequest
 	21, // 19: vmruntime.vm.v1.VMService.Screenshot:input_type -> vmruntime.vm.v1.ScreenshotRequest
-	23, // 20: vmruntime.vm.v1.VMService.Clone:input_type -> vmruntime.vm.v1.CloneRequest
-	25, // 21: vmruntime.vm.v1.VMService.Console:input_type -> vmruntime.vm.v1.ConsoleRequest
-	27, // 22: vmruntime.vm.v1.VMService.VNC:input_type -> vmruntime.vm.v1.VNCRequest
-	1,  // 23: vmruntime.vm.v1.VMService.List:output_type -> vmruntime.vm.v1.ListResponse
-	4,  // 24: vmruntime.vm.v1.VMService.Show:output_type -> vmruntime.vm.v1.ShowResponse
-	12, // 25: vmruntime.vm.v1.VMService.Pause:output_type -> vmruntime.vm.v1.PauseResponse
-	14, // 26: vmruntime.vm.v1.VMService.Resume:output_type -> vmruntime.vm.v1.ResumeResponse
-	16, // 27: vmruntime.vm.v1.VMService.Reset:output_type -> vmruntime.vm.v1.ResetResponse
-	18, // 28: vmruntime.vm.v1.VMService.Reboot:output_type -> vmruntime.vm.v1.RebootResponse
-	20, // 29: vmruntime.vm.v1.VMService.NMI:output_type -> vmruntime.vm.v1.NMIResponse
-	22, // 30: vmruntime.vm.v1.VMService.Screenshot:output_type -> vmruntime.vm.v1.ScreenshotResponse
-	24, // 31: vmruntime.vm.v1.VMService.Clone:output_type -> vmruntime.vm.v1.CloneResponse
-	26, // 32: vmruntime.vm.v1.VMService.Console:output_type -> vmruntime.vm.v1.ConsoleResponse
-	28, // 33: vmruntime.vm.v1.VMService.VNC:output_type -> vmruntime.vm.v1.VNCResponse
-	23, // [23:34] is the sub-list for method output_type
-	12, // [12:23] is the sub-list for method input_type
+	23, // 20: vmruntime.vm.v1.VMService.Snapshot:input_type -> vmruntime.vm.v1.SnapshotRequest
+	25, // 21: vmruntime.vm.v1.VMService.Restore:input_type -> vmruntime.vm.v1.RestoreRequest
+	27, // 22: vmruntime.vm.v1.VMService.Clone:input_type -> vmruntime.vm.v1.CloneRequest
+	29, // 23: vmruntime.vm.v1.VMService.Console:input_type -> vmruntime.vm.v1.ConsoleRequest
+	31, // 24: vmruntime.vm.v1.VMService.VNC:input_type -> vmruntime.vm.v1.VNCRequest
+	1,  // 25: vmruntime.vm.v1.VMService.List:output_type -> vmruntime.vm.v1.ListResponse
+	4,  // 26: vmruntime.vm.v1.VMService.Show:output_type -> vmruntime.vm.v1.ShowResponse
+	12, // 27: vmruntime.vm.v1.VMService.Pause:output_type -> vmruntime.vm.v1.PauseResponse
+	14, // 28: vmruntime.vm.v1.VMService.Resume:output_type -> vmruntime.vm.v1.ResumeResponse
+	16, // 29: vmruntime.vm.v1.VMService.Reset:output_type -> vmruntime.vm.v1.ResetResponse
+	18, // 30: vmruntime.vm.v1.VMService.Reboot:output_type -> vmruntime.vm.v1.RebootResponse
+	20, // 31: vmruntime.vm.v1.VMService.NMI:output_type -> vmruntime.vm.v1.NMIResponse
+	22, // 32: vmruntime.vm.v1.VMService.Screenshot:output_type -> vmruntime.vm.v1.ScreenshotResponse
+	24, // 33: vmruntime.vm.v1.VMService.Snapshot:output_type -> vmruntime.vm.v1.SnapshotResponse
+	26, // 34: vmruntime.vm.v1.VMService.Restore:output_type -> vmruntime.vm.v1.RestoreResponse
+	28, // 35: vmruntime.vm.v1.VMService.Clone:output_type -> vmruntime.vm.v1.CloneResponse
+	30, // 36: vmruntime.vm.v1.VMService.Console:output_type -> vmruntime.vm.v1.ConsoleResponse
+	32, // 37: vmruntime.vm.v1.VMService.VNC:output_type -> vmruntime.vm.v1.VNCResponse
+	25, // [25:38] is the sub-list for method output_type
+	12, // [12:25] is the sub-list for method input_type
 	12, // [12:12] is the sub-list for extension type_name
 	12, // [12:12] is the sub-list for extension extendee
 	0,  // [0:12] is the sub-list for field type_name
@@ -2033,11 +2229,11 @@ func file_vm_proto_init() {
 	if File_vm_proto != nil {
 		return
 	}
-	file_vm_proto_msgTypes[25].OneofWrappers = []any{
+	file_vm_proto_msgTypes[29].OneofWrappers = []any{
 		(*ConsoleRequest_Open_)(nil),
 		(*ConsoleRequest_Data)(nil),
 	}
-	file_vm_proto_msgTypes[27].OneofWrappers = []any{
+	file_vm_proto_msgTypes[31].OneofWrappers = []any{
 		(*VNCRequest_Open_)(nil),
 		(*VNCRequest_Data)(nil),
 	}
@@ -2047,7 +2243,7 @@ func file_vm_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vm_proto_rawDesc), len(file_vm_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   32,
+			NumMessages:   36,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -30,6 +30,8 @@ const (
 	VMService_Reboot_FullMethodName     = "/vmruntime.vm.v1.VMService/Reboot"
 	VMService_NMI_FullMethodName        = "/vmruntime.vm.v1.VMService/NMI"
 	VMService_Screenshot_FullMethodName = "/vmruntime.vm.v1.VMService/Screenshot"
+	VMService_Snapshot_FullMethodName   = "/vmruntime.vm.v1.VMService/Snapshot"
+	VMService_Restore_FullMethodName    = "/vmruntime.vm.v1.VMService/Restore"
 	VMService_Clone_FullMethodName      = "/vmruntime.vm.v1.VMService/Clone"
 	VMService_Console_FullMethodName    = "/vmruntime.vm.v1.VMService/Console"
 	VMService_VNC_FullMethodName        = "/vmruntime.vm.v1.VMService/VNC"
@@ -58,6 +60,10 @@ type VMServiceClient interface {
 	NMI(ctx context.Context, in *NMIRequest, opts ...grpc.CallOption) (*NMIResponse, error)
 	// Screenshot is what a machine with video shows.
 	Screenshot(ctx context.Context, in *ScreenshotRequest, opts ...grpc.CallOption) (*ScreenshotResponse, error)
+	// Snapshot writes a VM that runs into a directory of the node, as CheckpointPod does, also a machine.
+	Snapshot(ctx context.Context, in *SnapshotRequest, opts ...grpc.CallOption) (*SnapshotResponse, error)
+	// Restore makes a machine that runs what it was at a snapshot of the same sandbox.
+	Restore(ctx context.Context, in *RestoreRequest, opts ...grpc.CallOption) (*RestoreResponse, error)
 	// Clone writes a machine's root disk to a file of the node, as it is at one moment while the machine runs.
 	Clone(ctx context.Context, in *CloneRequest, opts ...grpc.CallOption) (*CloneResponse, error)
 	// Console joins the client to the serial console. The first message opens it, the others are what is typed. The guest of a pod of
@@ -155,6 +161,26 @@ func (c *vMServiceClient) Screenshot(ctx context.Context, in *ScreenshotRequest,
 	return out, nil
 }
 
+func (c *vMServiceClient) Snapshot(ctx context.Context, in *SnapshotRequest, opts ...grpc.CallOption) (*SnapshotResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(SnapshotResponse)
+	err := c.cc.Invoke(ctx, VMService_Snapshot_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *vMServiceClient) Restore(ctx context.Context, in *RestoreRequest, opts ...grpc.CallOption) (*RestoreResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RestoreResponse)
+	err := c.cc.Invoke(ctx, VMService_Restore_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *vMServiceClient) Clone(ctx context.Context, in *CloneRequest, opts ...grpc.CallOption) (*CloneResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(CloneResponse)
@@ -214,6 +240,10 @@ type VMServiceServer interface {
 	NMI(context.Context, *NMIRequest) (*NMIResponse, error)
 	// Screenshot is what a machine with video shows.
 	Screenshot(context.Context, *ScreenshotRequest) (*ScreenshotResponse, error)
+	// Snapshot writes a VM that runs into a directory of the node, as CheckpointPod does, also a machine.
+	Snapshot(context.Context, *SnapshotRequest) (*SnapshotResponse, error)
+	// Restore makes a machine that runs what it was at a snapshot of the same sandbox.
+	Restore(context.Context, *RestoreRequest) (*RestoreResponse, error)
 	// Clone writes a machine's root disk to a file of the node, as it is at one moment while the machine runs.
 	Clone(context.Context, *CloneRequest) (*CloneResponse, error)
 	// Console joins the client to the serial console. The first message opens it, the others are what is typed. The guest of a pod of
@@ -254,6 +284,12 @@ func (UnimplementedVMServiceServer) NMI(context.Context, *NMIRequest) (*NMIRespo
 }
 func (UnimplementedVMServiceServer) Screenshot(context.Context, *ScreenshotRequest) (*ScreenshotResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Screenshot not implemented")
+}
+func (UnimplementedVMServiceServer) Snapshot(context.Context, *SnapshotRequest) (*SnapshotResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Snapshot not implemented")
+}
+func (UnimplementedVMServiceServer) Restore(context.Context, *RestoreRequest) (*RestoreResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Restore not implemented")
 }
 func (UnimplementedVMServiceServer) Clone(context.Context, *CloneRequest) (*CloneResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Clone not implemented")
@@ -429,6 +465,42 @@ func _VMService_Screenshot_Handler(srv interface{}, ctx context.Context, dec fun
 	return interceptor(ctx, in, info, handler)
 }
 
+func _VMService_Snapshot_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SnapshotRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(VMServiceServer).Snapshot(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: VMService_Snapshot_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(VMServiceServer).Snapshot(ctx, req.(*SnapshotRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _VMService_Restore_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RestoreRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(VMServiceServer).Restore(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: VMService_Restore_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(VMServiceServer).Restore(ctx, req.(*RestoreRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _VMService_Clone_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(CloneRequest)
 	if err := dec(in); err != nil {
@@ -499,6 +571,14 @@ var VMService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Screenshot",
 			Handler:    _VMService_Screenshot_Handler,
+		},
+		{
+			MethodName: "Snapshot",
+			Handler:    _VMService_Snapshot_Handler,
+		},
+		{
+			MethodName: "Restore",
+			Handler:    _VMService_Restore_Handler,
 		},
 		{
 			MethodName: "Clone",

@@ -230,6 +230,65 @@ func TestVMReboots(t *testing.T) {
 	}
 }
 
+// A machine is taken back to a snapshot: memory, processes and disk are what they were, container, log and network go on. So is the
+// next machine of the sandbox, when the first one has powered off.
+func TestVMSnapshot(t *testing.T) {
+	ctx, b := use(t)
+	c := b.machine(ctx, t, images.Tiny)
+	c.sh("echo kept > /kept; sync; echo dirty > /dirty; mkdir -p /run/m; echo memory > /run/m/file")
+	c.sh("setsid sh -c 'echo $$ > /run/m/pid; i=0; while :; do i=$((i+1)); echo tick $i > /dev/console; echo $i > /run/m/tick; sleep 0.3; done' </dev/null >/dev/null 2>&1 &")
+	c.ready("tick 3\r\n")
+	dir := t.TempDir()
+	c.vm("snapshot", c.id, dir)
+	at := c.sh("cat /run/m/tick")
+	c.until("the machine goes on", func() bool { return c.sh("cat /run/m/tick") != at })
+	c.vmRefused("must be empty", "snapshot", c.id, dir)
+	address := c.sh("ip -o -4 addr show dev eth0")
+	c.sh("rm /kept /dirty; echo later > /later; echo other > /run/m/file; sync; kill -9 $(cat /run/m/pid)")
+	check := func(c *ctr, what string) {
+		t.Helper()
+		c.answers()
+		if got := c.sh("cat /kept /dirty /run/m/file; ls /later 2>&1 || true"); !strings.HasPrefix(got, "kept\ndirty\nmemory\n") || !strings.Contains(got, "No such file") {
+			t.Errorf("%s the machine has %q", what, got)
+		}
+		tick := c.sh("cat /run/m/tick")
+		c.until(what+" the process goes on", func() bool { return c.sh("cat /run/m/tick") != tick })
+		c.says("info", "boots=1")
+		if got := c.sh("ip -o -4 addr show dev eth0"); got != address {
+			t.Errorf("%s the address is %q, it was %q", what, got, address)
+		}
+		if now, err := strconv.ParseInt(strings.TrimSpace(c.sh("date +%s")), 10, 64); err != nil || time.Since(time.Unix(now, 0)).Abs() > 30*time.Second {
+			t.Errorf("%s the clock is %d (%v)", what, now, err)
+		}
+		if s := c.status(); s.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
+			t.Errorf("%s the container is %v", what, s)
+		}
+	}
+	c.vm("restore", c.id, dir)
+	check(c, "restored")
+	b.crash(t)
+	b.again(ctx, t)
+	check(c, "after the daemon")
+	c.stop(30)
+	if s := c.wait(); s.GetExitCode() != 0 || s.GetReason() != "Completed" {
+		t.Errorf("a restored machine that was asked to stop: %v", s)
+	}
+	c.vmRefused("has no VM", "restore", c.id, dir)
+	next := c.pod.start(with(of("machine", images.Tiny), func(c *runtimeapi.ContainerConfig) { c.Metadata.Attempt, c.LogPath = 1, "next.log" })).up(1)
+	damaged := filepath.Join(dir, "overlay.qcow2.zst")
+	data := []byte(readFile(damaged))
+	if err := os.WriteFile(damaged, data[:len(data)-1], 0o600); err != nil {
+		t.Fatal(err)
+	}
+	next.vmRefused("damaged", "restore", next.id, dir)
+	next.says("info", "boots=1") // it goes on
+	if err := os.WriteFile(damaged, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	next.vm("restore", next.id, dir)
+	check(next, "in the next container")
+}
+
 // A machine's disk is copied while it runs, and another machine boots from the copy.
 func TestVMClone(t *testing.T) {
 	ctx, b := use(t)
