@@ -62,9 +62,15 @@ func TestDebian(t *testing.T) {
 			{HostPath: config, ContainerPath: "/etc/vm config", Readonly: true},
 		}
 	})
-	c := b.debian(t, cfg, annotated("user-data-from", "/etc/vm config/user-data", "root-disk-size", "3Gi"), func(p *runtimeapi.PodSandboxConfig) {
+	const key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIHtdNbSLEcDSbDJxTyiFyWtyGeAFAtnLtOPHPfV/9zYl given"
+	c := b.debian(t, cfg, annotated(
+		"user-data-from", "/etc/vm config/user-data", "root-disk-size", "3Gi", "ssh-keys", key,
+		"vendor-data", "#cloud-config\ngroups: [vendored]\n",
+		"network-config", "version: 2\nethernets:\n  given:\n    match: {driver: virtio_net}\n    dhcp4: true\n    dhcp6: true\n    mtu: 1400\n",
+	), func(p *runtimeapi.PodSandboxConfig) {
 		p.Hostname = "debian-pod"
 	})
+	c.expect("grep -c ^vendored: /etc/group; cat /sys/class/net/en*/mtu; grep -c 'given$' /root/.ssh/authorized_keys /home/*/.ssh/authorized_keys | cut -d : -f 2", "1\n1400\n1\n1")
 	c.expect("hostname; cat /etc/made; echo; . /etc/vmruntime/env; echo \"$GREETING\"", "debian-pod\nby cloud-init\nit's me")
 	c.expect("ip -4 -o addr show scope global | awk '{print $4}' | cut -d / -f 1", c.ip())
 	c.expect("df -BM --output=size / | tail -n 1 | tr -d ' ' | cut -c 1-2; systemctl is-active ssh; systemctl --failed --quiet", "29\nactive") // of 3 GiB; the image has 2
