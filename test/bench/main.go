@@ -135,6 +135,7 @@ func (b *bench) measure(ctx context.Context) (err error) {
 		{"cold starts", b.coldStarts},
 		{"starts from a template", b.templateStarts},
 		{"commands in containers", b.execTimes},
+		{"ends of killed VMs", b.killedVMs},
 		{"delegated calls", b.delegatedCalls},
 		{"memory of idle VM pods", b.idleMemory},
 		{"lists of stored VM pods", b.storedPods},

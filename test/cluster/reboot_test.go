@@ -29,8 +29,5 @@ func TestReboot(t *testing.T) {
 	if after := kubectl(ctx, t, c, "-n", ns, "get", "pods", "-o", "name"); after != before {
 		t.Errorf("pods are %q, before the reboot %q", after, before)
 	}
-	page := kubectl(ctx, t, c, "-n", ns, "exec", "deployment/vm", "--", "wget", "-q", "-O", "-", "http://container."+ns)
-	if page != "container serves" {
-		t.Errorf("the Service container serves %q, want %q", page, "container serves")
-	}
+	awaitPage(ctx, t, c, ns, "vm", "container")
 }

@@ -37,10 +37,7 @@ func TestSmoke(t *testing.T) {
 			if logs := kubectl(ctx, t, c, "-n", ns, "logs", "deployment/"+kind); logs != kind+" starts" {
 				t.Errorf("logs are %q, want %q", logs, kind+" starts")
 			}
-			page := kubectl(ctx, t, c, "-n", ns, "exec", "deployment/"+kind, "--", "wget", "-q", "-O", "-", "http://"+other+"."+ns)
-			if page != other+" serves" {
-				t.Errorf("the Service %s serves %q, want %q", other, page, other+" serves")
-			}
+			awaitPage(ctx, t, c, ns, kind, other)
 		})
 	}
 }
@@ -75,6 +72,13 @@ spec:
   selector: {app: KIND}
   ports: [{port: 80, targetPort: 8080}]
 `)
+}
+
+// awaitPage waits until a pod of one Deployment reaches the Service of another: kube-proxy knows of a pod some time after it is ready.
+func awaitPage(ctx context.Context, t *testing.T, c *cluster.Cluster, ns, from, to string) {
+	t.Helper()
+	n := &namespace{Cluster: c, ctx: ctx, name: ns}
+	n.awaitOutput(t, "deployment/"+from, "wget -q -O - http://"+to+"."+ns, to+" serves")
 }
 
 // apply makes what a manifest describes.
