@@ -25,6 +25,7 @@ import (
 //	step                  before it does what it is asked, the fake waits until the test has seen that
 //	saving DURATION       its state takes so long to be written
 //	flaky N               the first N connections are lost as they begin
+//	clone FAULT           one of those above, only of VMs of pods that begin as a template
 type faults struct {
 	boot   time.Duration
 	saving time.Duration
@@ -40,10 +41,14 @@ type faults struct {
 	damaged atomic.Bool
 }
 
-func parseFaults(text string) (*faults, error) {
+func parseFaults(text string, clone bool) (*faults, error) {
 	f := &faults{refuse: make(map[string]string), slow: make(map[string]time.Duration)}
 	for line := range strings.Lines(text) {
 		line = strings.TrimSpace(line)
+		line, only := strings.CutPrefix(line, "clone ")
+		if only && !clone {
+			continue
+		}
 		word, rest, _ := strings.Cut(line, " ")
 		name, value, _ := strings.Cut(rest, " ")
 		var err error

@@ -37,20 +37,21 @@ var points = flag.Int("points", 8, "at how many points of each kind the daemon i
 // logs are begun; and while it waits for an answer of QEMU or the guest. The next one has to list what the client was told,
 // the client repeats the call that got no answer and goes on to the end of the pod's life, which has to be as if nothing
 // had happened. Every third time the recovering daemon is killed too.
-func TestCrash(t *testing.T) { killedEverywhere(t, (*life).containerSteps, 30, 12) }
+func TestCrash(t *testing.T) { killedEverywhere(t, nil, (*life).containerSteps, 30, 12) }
 
 // The same for a machine.
-func TestCrashMachine(t *testing.T) { killedEverywhere(t, (*life).machineSteps, 20, 5) }
+func TestCrashMachine(t *testing.T) { killedEverywhere(t, nil, (*life).machineSteps, 20, 5) }
 
 // The same for a pod that is checkpointed, and another one that is made of that.
-func TestCrashCheckpoint(t *testing.T) { killedEverywhere(t, (*life).checkpointSteps, 20, 10) }
+func TestCrashCheckpoint(t *testing.T) { killedEverywhere(t, nil, (*life).checkpointSteps, 20, 10) }
 
-// killedEverywhere lives lives of a kind, of which each opens and calls at least so much.
-func killedEverywhere(t *testing.T, steps func(*life) []step, leastOpens, leastCalls int) {
+// killedEverywhere lives lives of a kind, of which each opens and calls at least so much, with changes to the configuration.
+func killedEverywhere(t *testing.T, changes map[string]map[string]any, steps func(*life) []step, leastOpens, leastCalls int) {
 	if noBed != "" {
 		t.Skip(noBed)
 	}
 	w := newWorld(theBed, t.TempDir())
+	w.changes = changes
 	if err := w.repair(); err != nil {
 		t.Fatal(err)
 	}
@@ -115,7 +116,7 @@ func killAll(t *testing.T, w *world, g *gate, steps func(*life) []step, kind str
 // countPoints lives a life undisturbed.
 func countPoints(t *testing.T, w *world, g *gate, steps func(*life) []step) (opens, calls int) {
 	t.Helper()
-	if err := w.startDaemon(nil); err != nil {
+	if err := w.startCrashing(); err != nil {
 		t.Fatal(err)
 	}
 	g.arm(-1, nil)
@@ -130,6 +131,17 @@ func countPoints(t *testing.T, w *world, g *gate, steps func(*life) []step) (ope
 	return len(opened), calls
 }
 
+// startCrashing starts a daemon of a crash test. Its template is there before anything is counted.
+func (w *world) startCrashing() error {
+	if err := w.startDaemon(w.changes); err != nil {
+		return err
+	}
+	if w.changes["template"]["enabled"] == true {
+		return w.awaitTemplate()
+	}
+	return nil
+}
+
 func summary(opened []string) string {
 	count := make(map[string]int)
 	for _, path := range opened {
@@ -140,7 +152,7 @@ func summary(opened []string) string {
 
 func crashAt(t *testing.T, w *world, g *gate, l *life, again int, arm func(kill func(string))) {
 	if w.bed.VMRuntimePID() == 0 {
-		if err := w.startDaemon(nil); err != nil {
+		if err := w.startCrashing(); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -165,7 +177,7 @@ func crashAt(t *testing.T, w *world, g *gate, l *life, again int, arm func(kill 
 		if again >= 0 {
 			killRecovery(t, w, g, again)
 		}
-		if err := w.startDaemon(nil); err != nil {
+		if err := w.startCrashing(); err != nil {
 			t.Fatalf("killed at %s in %s (%v): %v", where, l.at(), err, err)
 		}
 		if err := l.holds(); err != nil {
@@ -186,7 +198,7 @@ func crashAt(t *testing.T, w *world, g *gate, l *life, again int, arm func(kill 
 func killRecovery(t *testing.T, w *world, g *gate, open int) {
 	t.Helper()
 	g.arm(open%12, func(pid int, _ string) { _ = syscall.Kill(pid, syscall.SIGKILL) })
-	_ = w.startDaemon(nil) // ended, or ready when it opened fewer files
+	_ = w.startDaemon(w.changes) // ended, or ready when it opened fewer files
 	g.arm(-1, nil)
 	if err := errors.Join(w.bed.KillVMRuntime(), w.disconnect()); err != nil {
 		t.Fatal(err)
@@ -215,8 +227,12 @@ type step struct {
 func (l *life) a() string { return l.name + "-a" }
 func (l *life) b() string { return l.name + "-b" }
 
-// shared is a directory that container b shares with the node, if there is a virtiofsd.
+// shared is a directory that container b shares with the node, if there is a virtiofsd. With changes to the configuration there is none:
+// a share does not depend on how the VM has begun, and is in the other lives.
 func (l *life) shared(cfg *runtimeapi.ContainerConfig) {
+	if l.w.changes != nil {
+		return
+	}
 	if _, err := runtime.Default().QEMU.FindVirtiofsd(); err == nil {
 		cfg.Mounts = []*runtimeapi.Mount{{ContainerPath: "/shared", HostPath: filepath.Join(l.w.logs, "shared")}}
 	}

@@ -80,7 +80,7 @@ func (q *fakeQEMU) run() error {
 	if err != nil {
 		return err
 	}
-	if q.faults, err = parseFaults(string(text)); err != nil {
+	if q.faults, err = parseFaults(string(text), q.isClone()); err != nil {
 		return err
 	}
 	if q.faults.dies != "" {
@@ -243,6 +243,11 @@ func (q *fakeQEMU) inventory() error {
 		}
 	}
 	return nil
+}
+
+// isClone tells whether a pod's VM begins as a template. The copy that proves a new template does not count.
+func (q *fakeQEMU) isClone() bool {
+	return q.option("-incoming") != "" && q.option("-name") != "vmruntime-template"
 }
 
 // enter changes the run state.

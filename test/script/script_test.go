@@ -65,6 +65,9 @@ type worldKey struct{}
 //	endhelper POD NAME        kills one
 //	trace POD                 what a removed pod's VM was asked, normalised
 //	count POD N TEXT          waits until the text is N times in that
+//	template ready|unmade     waits until the daemon that runs has a template, or could not make one
+//	template damage|cut|remove|count FILE   does so to the template's memory, state or manifest.json, or prints how many there are
+//	begins POD template|boot  how the pod's VM has begun
 //	leaks                     fails if anything of removed pods is left
 //
 // A command with ! before it has to fail; its error is then in stderr.
@@ -190,6 +193,7 @@ func scriptCommands() map[string]command {
 		"message": least(1, messageCommand), "stats": least(1, statsCommand), "startwithin": least(2, startWithinCommand),
 		"reboot": least(1, rebootCommand), "untap": least(1, untapCommand), "helpers": least(1, helpersCommand), "endhelper": least(2, endHelperCommand),
 		"events": least(1, eventsCommand), "metric": least(2, metricCommand),
+		"template": least(1, templateCommand), "begins": least(2, beginsCommand),
 		"logged": least(2, loggedCommand), "leaks": leaksCommand, "wholelog": least(2, wholeLogCommand),
 	}
 }
@@ -230,6 +234,8 @@ func daemonCommand(w *world, args []string) (string, error) {
 			changes[section][name] = value
 			if n, err := strconv.Atoi(value); err == nil {
 				changes[section][name] = n
+			} else if b, err := strconv.ParseBool(value); err == nil {
+				changes[section][name] = b
 			}
 		}
 		begin := time.Now()

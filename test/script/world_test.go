@@ -35,7 +35,9 @@ type world struct {
 
 	pods       map[string]*sandbox
 	containers map[string]*ctr
-	lives      map[string]int // pods that were removed, by name
+	lives      map[string]int            // pods that were removed, by name
+	changes    map[string]map[string]any // what the daemons of a crash test have for their configuration
+	logFrom    int64                     // how long the log was when the daemon was started
 
 	owned  sync.WaitGroup
 	mu     sync.Mutex
@@ -70,6 +72,7 @@ func (w *world) startDaemon(changes map[string]map[string]any) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), callTimeout)
 	defer cancel()
+	w.logFrom = fileSize(w.bed.LogFile("vmruntime"))
 	if err := w.bed.StartVMRuntime(ctx); err != nil {
 		return err
 	}
@@ -150,6 +153,7 @@ func (w *world) leaks(ctx context.Context) ([]string, error) {
 	for _, dir := range []string{
 		filepath.Join(w.bed.records, "logs"), filepath.Join(w.bed.records, "pods"), filepath.Join(w.bed.records, "containers"),
 		filepath.Join(w.bed.Root, "run", "s", "pods"), filepath.Join(w.bed.Root, "run", "s", "netns"),
+		filepath.Join(w.bed.Root, "run", "s", "template"),
 	} {
 		entries, err := os.ReadDir(dir)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -161,6 +165,11 @@ func (w *world) leaks(ctx context.Context) ([]string, error) {
 			}
 		}
 	}
+	making, err := filepath.Glob(filepath.Join(w.bed.records, "templates", "making-*"))
+	if err != nil {
+		return nil, err
+	}
+	left = append(left, making...)
 	if !w.until(func() bool { return w.bed.control.running() == 0 }) {
 		left = append(left, fmt.Sprintf("%d processes of fake QEMUs", w.bed.control.running()))
 	}
