@@ -23,8 +23,10 @@ import (
 
 // machineShape is what a pod's VM has, as its record says.
 type machineShape struct {
-	VCPUs       int   `json:"vcpus"`
-	MemoryBytes int64 `json:"memoryBytes"`
+	VCPUs          int   `json:"vcpus"`
+	MemoryBytes    int64 `json:"memoryBytes"`
+	MaxVCPUs       int   `json:"maxVCPUs"`
+	MaxMemoryBytes int64 `json:"maxMemoryBytes"`
 }
 
 func (b *bench) shapeOf(p *pod) (s machineShape, err error) {
@@ -103,11 +105,11 @@ func (b *bench) bareQEMU(dir string, shape machineShape, change func(*qemu.Machi
 	}
 	m := qemu.Machine{
 		Name: "bench-bare", UUID: "00000000-0000-4000-8000-000000000001", Arch: guest.Arch, Accel: b.accel,
-		VCPUs: shape.VCPUs, MemoryBytes: shape.MemoryBytes,
+		VCPUs: shape.VCPUs, MemoryBytes: shape.MemoryBytes, MaxVCPUs: shape.MaxVCPUs, MaxMemoryBytes: shape.MaxMemoryBytes,
 		Kernel: filepath.Join(b.guest, guest.Kernel), Initrd: filepath.Join(b.guest, guest.Initramfs), Cmdline: guest.Cmdline,
 		Disks:        []qemu.Disk{{Serial: "scratch", Path: filepath.Join(dir, "scratch"), Format: "raw"}},
 		NICs:         []qemu.NIC{{ID: "net0", MAC: "52:54:00:00:00:01", MTU: 1500}},
-		HotplugPorts: 2,
+		HotplugPorts: 3,
 	}
 	change(&m)
 	m = m.Defaults()
