@@ -11,6 +11,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/vmruntime/vmruntime/agent/agentpb"
+	"github.com/vmruntime/vmruntime/qemu"
 )
 
 // A VM is resized in this order, so that nobody may use what is not there:
@@ -286,26 +287,39 @@ func (g *guest) resizeMachine(ctx context.Context, next *runtimeapi.LinuxPodSand
 	if after.VCPUs > boot.VCPUs || spec.HugePageBytes == 0 && after.MemoryBytes > boot.MemoryBytes {
 		return fmt.Errorf("a machine cannot have more than it has booted with, %v, while it runs; for %v let it start anew: %w", boot, after, errdefs.ErrFailedPrecondition)
 	}
-	if spec.HugePageBytes == 0 {
-		if err := g.balloon(ctx, after.MemoryBytes); err != nil {
-			return err
-		}
+	have, err := g.vm.Size(ctx)
+	if err != nil {
+		return err
 	}
-	err := change(ctx)
+	if spec.HugePageBytes == 0 {
+		err = g.balloon(ctx, have, after.MemoryBytes)
+	}
+	if err == nil {
+		err = change(ctx)
+	}
 	if err == nil {
 		err = p.recordSize(next, after)
 	}
 	if err != nil {
-		return err
+		return errors.Join(err, g.undoBalloon(ctx, have, after.MemoryBytes))
 	}
 	return p.applyCPUQuota()
 }
 
+// undoBalloon asks for the memory that the machine had, also if the context has ended. A driver that did not answer may do so later.
+func (g *guest) undoBalloon(ctx context.Context, had qemu.Size, asked int64) error {
+	if asked == had.MemoryBytes() {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), teardownTimeout)
+	defer cancel()
+	return g.vm.RequestMemory(ctx, had.MemoryBytes())
+}
+
 // balloon has the machine's driver leave it so much memory.
-func (g *guest) balloon(ctx context.Context, bytes int64) error {
-	have, err := g.vm.Size(ctx)
-	if err != nil || have.MemoryBytes() == bytes {
-		return err
+func (g *guest) balloon(ctx context.Context, have qemu.Size, bytes int64) error {
+	if have.MemoryBytes() == bytes {
+		return nil
 	}
 	stats, err := g.vm.MemoryStats(ctx)
 	if err != nil {
