@@ -60,7 +60,7 @@ node-tools:
 
 .PHONY: cluster-tools
 cluster-tools: node-tools
-	go run ./test/tools/build etcd kubernetes coredns
+	go run ./test/tools/build etcd kubernetes coredns metrics-server
 
 lint: ## vet, format, golangci-lint, and that arm64 compiles
 	go vet $(PACKAGES)
@@ -87,19 +87,20 @@ unit: ## unit and golden tests, with the race detector
 # Disks are made first: a pull waits for its image half a minute at most.
 system: ## tests that need root, a node or a VM
 	go run ./test/cmd/disks >/dev/null
-	go test -timeout 45m -p 1 $(PACKAGES)
+	go test -timeout 30m -p 2 $$(go list $(PACKAGES) | grep -v '/test/vm$$')
+	go test -timeout 60m ./test/vm
 
 critest: build guest node-tools ## the CRI's conformance suite on containerd, the default handler and the handler vm
 	go run ./test/cmd/critest
 
-critest-soak: build guest node-tools ## the same three times on each of vmruntime's nodes, in parallel: nothing leaks (15 minutes)
-	go run ./test/cmd/critest -runs default,vm -rounds 3 -parallel 2 -out out/critest-soak
+critest-soak: build guest node-tools ## the same three times on each node, in parallel: nothing leaks (15 minutes)
+	go run ./test/cmd/critest -rounds 3 -parallel 2 -out out/critest-soak
 
 conformance: build guest cluster-tools ## Kubernetes' own NodeConformance specs, with containers and with VMs
 	go run ./test/tools/build cri-ginkgo kubernetes-e2e
 	go run ./test/cmd/conformance
 
-bench: build guest node-tools ## measure, print a table and write out/bench.json
+bench: build guest cluster-tools ## measure, print a table and write out/bench.json
 	go run ./test/bench -o out/bench.json
 
 install-deps: ## install what is needed, on Debian 12 as root

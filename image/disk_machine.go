@@ -85,7 +85,7 @@ func (s *Store) MachineUsage(owner string) (Usage, error) {
 // CreateRoot makes the root disk of a machine and returns its path: an empty qcow2 overlay of size bytes over d, whose
 // file the one that starts QEMU has to name as its backing: the overlay names none. size is a multiple of 512, at least
 // d.VirtualSize and at most 16 TiB; 0 means d.VirtualSize. The overlay can never take more than that and its tables, about
-// 1/8000 of it. It fails with errdefs.ErrNotFound if the machine has no directory, ErrAlreadyExists if it has a root disk.
+// 1/6500 of it. It fails with errdefs.ErrNotFound if the machine has no directory, ErrAlreadyExists if it has a root disk.
 func (s *Store) CreateRoot(owner string, d *Disk, size int64) (string, error) {
 	if err := checkName("owner of a machine", owner); err != nil {
 		return "", err

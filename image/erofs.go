@@ -8,12 +8,32 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 
 	"github.com/erofs/go-erofs"
 )
 
 // writeImage writes the EROFS file of key from root and puts it in its place.
-func (s *Store) writeImage(ctx context.Context, root *os.Root, key string) (err error) {
+func (s *Store) writeImage(ctx context.Context, root *os.Root, key string) error {
+	if err := s.writeFile(ctx, root, s.dirs.erofs(key)); err != nil {
+		return err
+	}
+	return syncDir(s.dirs.images())
+}
+
+// Pack makes a directory of the node an EROFS file of the store, which is replaced if it is there, and tells its path. No image has to do with it.
+func (s *Store) Pack(ctx context.Context, dir, name string) (path string, err error) {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return "", err
+	}
+	defer root.Close()
+	path = filepath.Join(s.opts.Root, name+erofsSuffix)
+	return path, s.writeFile(ctx, root, path)
+}
+
+// writeFile writes an EROFS file from root to a path, whole or not at all.
+func (s *Store) writeFile(ctx context.Context, root *os.Root, path string) (err error) {
 	t, err := readTree(ctx, root, s.opts.MaxImageBytes)
 	if err != nil {
 		return err
@@ -30,10 +50,7 @@ func (s *Store) writeImage(ctx context.Context, root *os.Root, key string) (err 
 	if err := errors.Join(writeEROFS(f, t, s.dirs.tmp()), f.Close()); err != nil {
 		return err
 	}
-	if err := os.Rename(f.Name(), s.dirs.erofs(key)); err != nil {
-		return err
-	}
-	return syncDir(s.dirs.images())
+	return os.Rename(f.Name(), path)
 }
 
 // writeEROFS writes t to f, which is empty, and syncs it.

@@ -113,7 +113,7 @@ func (c *Contents) look(ctx context.Context, root *os.Root, runs bool) error {
 	if c.Verdict = err; err == nil {
 		c.Chosen = chosen.Name
 	}
-	c.Kernels, err = findKernels(root)
+	c.Kernels, err = findKernels(root.FS())
 	return err
 }
 
@@ -135,27 +135,35 @@ func allocated(root *os.Root, name string) (int64, error) {
 	}
 }
 
-// findKernels lists files that look like kernels and initrds by their names.
-func findKernels(root *os.Root) ([]string, error) {
+// findKernels lists files that look like kernels and initrds by their names, as far as it may look and list.
+func findKernels(files fs.FS) ([]string, error) {
 	var found []string
 	walked := 0
-	err := fs.WalkDir(root.FS(), ".", func(name string, d fs.DirEntry, err error) error {
-		if walked++; err != nil || walked > maxWalk || len(found) >= maxListed {
-			return errors.Join(err, fs.SkipAll)
-		}
-		if d.IsDir() && strings.Count(name, "/") >= kernelDepth {
-			return fs.SkipDir
-		}
+	err := fs.WalkDir(files, ".", func(name string, d fs.DirEntry, err error) error {
+		walked++
 		base := strings.ToLower(path.Base(name))
-		for _, prefix := range []string{"vmlinuz", "vmlinux", "bzimage", "initrd", "initramfs"} {
-			if d.Type().IsRegular() && strings.HasPrefix(base, prefix) {
-				found = append(found, name)
-				break
-			}
+		switch {
+		case err != nil:
+			return err
+		case walked > maxWalk || len(found) >= maxListed:
+			return fs.SkipAll
+		case d.IsDir() && (strings.Count(name, "/") >= kernelDepth || base == "systemd"): // its units of initrds are none
+			return fs.SkipDir
+		case d.Type().IsRegular() && looksLikeKernel(base):
+			found = append(found, name)
 		}
 		return nil
 	})
 	return found, err
+}
+
+func looksLikeKernel(base string) bool {
+	for _, prefix := range []string{"vmlinuz", "vmlinux", "bzimage", "initrd", "initramfs"} {
+		if strings.HasPrefix(base, prefix) {
+			return true
+		}
+	}
+	return false
 }
 
 // InspectArchive tells what is in an OCI archive, for the platform of this machine if it holds several. What it unpacks

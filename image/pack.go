@@ -113,6 +113,9 @@ func pack(ctx context.Context, o PackOptions, b blobs) (_ *Packed, err error) {
 	layer, diffID, err := b.layer(ctx, func(w io.Writer) (digest.Digest, error) {
 		return writeLayer(ctx, w, disk, p, o.Progress)
 	})
+	if ctx.Err() != nil { // what containerd says of it then may be any of its own errors
+		err = errors.Join(ctx.Err(), err)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("pack disk: %w", err)
 	}

@@ -9,8 +9,10 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
+	"testing/fstest"
 
 	"github.com/containerd/errdefs"
 	"github.com/erofs/go-erofs"
@@ -214,3 +216,46 @@ func TestNames(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// What looks like a kernel is listed, of very many files as far as that goes.
+func TestFindKernels(t *testing.T) {
+	tree := func(names ...string) fstest.MapFS {
+		files := fstest.MapFS{}
+		for _, name := range names {
+			files[name] = &fstest.MapFile{}
+		}
+		return files
+	}
+	numbered := func(format string, n int) (names []string) {
+		for i := range n {
+			names = append(names, fmt.Sprintf(format, i))
+		}
+		return names
+	}
+	found := func(names ...string) []string {
+		t.Helper()
+		list, err := findKernels(tree(names...))
+		if err != nil {
+			t.Error(err)
+		}
+		return list
+	}
+	want := []string{"boot/initrd.img-6.1", "boot/vmlinuz-6.1", "usr/lib/modules/6.1/vmlinuz"}
+	if got := found(append(want, "boot/grub", "a/b/c/d/e/vmlinuz", "usr/lib/systemd/system/initrd.target", "usr/lib/systemd/system/initrd-cleanup.service")...); !slices.Equal(got, want) {
+		t.Errorf("found %q, want %q", got, want)
+	}
+	if got := found(numbered("boot/vmlinuz-%03d", maxListed+2)...); len(got) != maxListed {
+		t.Errorf("listed %d of too many kernels, want %d", len(got), maxListed)
+	}
+	if got := found(append(numbered("file-%06d", maxWalk), "boot/vmlinuz", "vmlinuz")...); len(got) != 1 || got[0] != "boot/vmlinuz" {
+		t.Errorf("among too many files it found %q, want what comes first", got)
+	}
+	unreadable := errors.New("unreadable")
+	if _, err := findKernels(brokenFS{unreadable}); !errors.Is(err, unreadable) {
+		t.Errorf("files that cannot be read: %v", err)
+	}
+}
+
+type brokenFS struct{ err error }
+
+func (b brokenFS) Open(string) (fs.File, error) { return nil, b.err }

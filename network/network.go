@@ -151,6 +151,43 @@ func (m *Manager) NetNSPath(id string) string {
 	return filepath.Join(m.opts.NetNSDir, id)
 }
 
+// PreparedInterface is what CNI's first interface is named, unless a plugin has its own way.
+const PreparedInterface = gocni.DefaultPrefix + "0"
+
+// Prepare makes the network namespace of a pod that is not known yet, and in it the tap of PreparedInterface, which it opens as OpenTaps
+// does. A Setup with Request.Prepared goes on with it.
+func (m *Manager) Prepare(id string) (tap *os.File, err error) {
+	if err := validateID(id); err != nil {
+		return nil, err
+	}
+	path := m.NetNSPath(id)
+	if err := makeNetNS(path); err != nil {
+		return nil, err
+	}
+	err = inNetNS(path, func() error {
+		tap, err = openTap(tapName(PreparedInterface))
+		return err
+	})
+	if err == nil {
+		err = keepTap(tap)
+	}
+	if err != nil {
+		if tap != nil {
+			err = errors.Join(err, tap.Close())
+		}
+		return nil, errors.Join(err, removeNetNS(path))
+	}
+	return tap, nil
+}
+
+// Unprepare takes away what Prepare has made, of which CNI has not heard.
+func (m *Manager) Unprepare(id string) error {
+	if err := validateID(id); err != nil {
+		return err
+	}
+	return removeNetNS(m.NetNSPath(id))
+}
+
 // Setup makes a pod's network: its namespace, what CNI puts there, a tap per interface. When it fails, all of it
 // has been taken away again. Errors: ErrInvalidArgument for a request that cannot be met, ErrAlreadyExists when the pod
 // has a network, ErrUnavailable while CNI is not configured, ErrResourceExhausted when no address is left.
@@ -167,8 +204,10 @@ func (m *Manager) Setup(ctx context.Context, req Request) (*Attachment, error) {
 		return nil, err
 	}
 	path := m.NetNSPath(req.ID)
-	if err := makeNetNS(path); err != nil {
-		return nil, err
+	if !req.Prepared {
+		if err := makeNetNS(path); err != nil {
+			return nil, err
+		}
 	}
 	ctx, cancel := context.WithTimeout(ctx, setupTimeout)
 	defer cancel()

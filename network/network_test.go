@@ -197,6 +197,25 @@ func TestNetworkOutlivesGuest(t *testing.T) {
 	}
 }
 
+// While a pod's network is held, nothing passes, whichever side asks; then all does again.
+func TestHold(t *testing.T) {
+	n := newNode(t)
+	n.network(dualStack)
+	a := n.setup(request("held"))
+	startGuest(t, n, a, false).serve(":80", 1000)
+	for _, held := range []bool{false, true, true, false, false} {
+		if err := n.Hold(a, held); err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := exchange("", "10.99.0.2:80", 1000, 1000); (err != nil) != held {
+			t.Errorf("held: %v, and an exchange ends with %v", held, err)
+		}
+	}
+	if err := n.Hold(&Attachment{NetNS: n.NetNSPath("gone")}, true); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the network of no pod is held: %v", err)
+	}
+}
+
 // On a bridge port in hairpin mode every multicast of a pod comes back to it. Neither the namespace's probes nor the guest's own
 // may be taken for another node that has the address.
 func TestGuestKeepsItsAddresses(t *testing.T) {

@@ -31,6 +31,8 @@ type Request struct {
 	// CgroupParent is handed to plugins; empty if there is none.
 	CgroupParent string
 	DNS          DNS
+	// Prepared says that Prepare has made the pod's network namespace.
+	Prepared bool
 }
 
 // PortMapping forwards a port of the node to one of the pod.

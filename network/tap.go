@@ -57,17 +57,28 @@ func (a *Attachment) connectTaps() error {
 	return nil
 }
 
-func makeTap(i Interface) error {
-	f, err := openTap(i.Tap)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
+// keepTap has a tap outlive those who have it open.
+func keepTap(f *os.File) error {
 	if err := unix.IoctlSetInt(int(f.Fd()), unix.TUNSETPERSIST, 1); err != nil {
-		return fmt.Errorf("make it persistent: %w", err)
+		return fmt.Errorf("make tap %s persistent: %w", f.Name(), err)
+	}
+	return nil
+}
+
+// makeTap makes an interface's tap ready, which may be there already and have its guest.
+func makeTap(i Interface) error {
+	if _, err := netlink.LinkByName(i.Tap); err != nil {
+		f, err := openTap(i.Tap)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		if err := keepTap(f); err != nil {
+			return err
+		}
 	}
 	// The tap is a wire: an IPv6 stack on it would talk to the guest.
-	err = os.WriteFile("/proc/sys/net/ipv6/conf/"+i.Tap+"/disable_ipv6", []byte("1"), 0)
+	err := os.WriteFile("/proc/sys/net/ipv6/conf/"+i.Tap+"/disable_ipv6", []byte("1"), 0)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("keep IPv6 off it: %w", err)
 	}
@@ -148,4 +159,28 @@ func (m *Manager) OpenTaps(a *Attachment) ([]*os.File, error) {
 		return nil, fmt.Errorf("open the taps of %s: %w", a.NetNS, err)
 	}
 	return files, nil
+}
+
+// Hold keeps every frame from passing between the guest and the pod's network, or lets them pass again. The guest does not notice: its link
+// stays up. It succeeds when that is so already.
+func (m *Manager) Hold(a *Attachment, held bool) error {
+	err := inNetNS(a.NetNS, func() error {
+		var errs []error
+		for _, i := range a.Interfaces {
+			tap, err := netlink.LinkByName(i.Tap)
+			if err == nil && held {
+				err = netlink.LinkSetDown(tap)
+			} else if err == nil {
+				err = netlink.LinkSetUp(tap)
+			}
+			if err != nil {
+				errs = append(errs, fmt.Errorf("tap %s: %w", i.Tap, err))
+			}
+		}
+		return errors.Join(errs...)
+	})
+	if err != nil {
+		return fmt.Errorf("hold or let go the network of %s: %w", a.NetNS, err)
+	}
+	return nil
 }

@@ -13,8 +13,9 @@ const (
 	// consoleBytes is the size of the ring that keeps the end of the guest's console; a power of two.
 	consoleBytes = 64 << 10
 	// tcgBuffer bounds the translated code, in MiB, which is the pod's memory; QEMU's default is 1 GiB. Booting takes as
-	// much processor time with 64 as with 128, and 6% more with 32.
-	tcgBuffer = 64
+	// much processor time with 64 as with 128, and 6% more with 32. A guest that waits for its pod holds some 60 from its rehearsal; with 64
+	// that was dropped when the pod began, as what is at the ends of its regions is lost.
+	tcgBuffer = 96
 
 	scsiBus = "scsi0.0"
 

@@ -17,35 +17,44 @@ const copyTimeout = time.Hour
 // copyID names the job that copies a disk, the block node of the copy and its descriptor set.
 func (d Disk) copyID() string { return "copy-" + d.Serial }
 
+var errCopying = fmt.Errorf("a disk of the VM is being copied, or its state saved; try again when that is done: %w", errdefs.ErrFailedPrecondition)
+
 // CopyDisk writes all of a disk, as it is at one moment, to an image of the same size that has only zeros. It is "raw" or "qcow2", in a
-// file that is open for reading and writing. The guest runs meanwhile and writes on; begun is called when that moment
-// has passed, also on error. One copy of a disk is made at a time.
-func (v *VM) CopyDisk(ctx context.Context, serial string, to *os.File, format string, begun func()) error {
+// file that is open for reading and writing. The guest runs meanwhile and writes on; before is called when that moment is about to
+// come, with nothing else to be waited for, and begun when it has passed, also on error. One copy of a VM's disks is made at a
+// time, and none while its state is saved: another is errdefs.ErrFailedPrecondition.
+func (v *VM) CopyDisk(ctx context.Context, serial string, to *os.File, format string, before, begun func()) error {
+	if !v.copying.TryLock() {
+		return errCopying
+	}
+	defer v.copying.Unlock()
 	d := Disk{Serial: serial}
-	v.plug.Lock()
-	defer v.plug.Unlock()
 	ctx, cancel := context.WithTimeout(ctx, copyTimeout)
 	defer cancel()
-	err := v.copyDisk(ctx, d, to, format, begun)
-	undo, cancelUndo := context.WithTimeout(context.WithoutCancel(ctx), endTimeout)
-	defer cancelUndo()
-	if err = errors.Join(err, v.dropCopy(undo, d)); err != nil {
+	events, err := v.beginCopy(ctx, d, to, format, before, begun)
+	if err == nil {
+		err = copied(ctx, events, d.copyID())
+	}
+	if err = errors.Join(err, v.endCopy(ctx, d)); err != nil {
 		return fmt.Errorf("copy disk %s: %w", serial, err)
 	}
 	return nil
 }
 
-func (v *VM) copyDisk(ctx context.Context, d Disk, to *os.File, format string, begun func()) error {
-	events, err := v.beginCopy(ctx, d, to, format)
-	begun()
-	if err != nil {
-		return err
-	}
-	return copied(ctx, events, d.copyID())
+func (v *VM) endCopy(ctx context.Context, d Disk) error {
+	v.plug.Lock()
+	defer v.plug.Unlock()
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), endTimeout)
+	defer cancel()
+	return v.dropCopy(ctx, d)
 }
 
 // beginCopy returns when the moment that is copied has come.
-func (v *VM) beginCopy(ctx context.Context, d Disk, to *os.File, format string) (<-chan qmp.Event, error) {
+func (v *VM) beginCopy(ctx context.Context, d Disk, to *os.File, format string, before, begun func()) (<-chan qmp.Event, error) {
+	v.plug.Lock()
+	defer v.plug.Unlock()
+	before()
+	defer begun()
 	// What an attempt has left whose daemon was killed.
 	if err := v.dropCopy(ctx, d); err != nil {
 		return nil, err

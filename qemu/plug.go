@@ -254,31 +254,51 @@ func (v *VM) dropChardev(ctx context.Context, id string) error {
 
 var portRE = regexp.MustCompile(`^` + portPrefix + `[0-9]+$`)
 
-// freePort finds a root port with nothing behind it.
-func (v *VM) freePort(ctx context.Context) (string, error) {
+// port is a root port for devices that are plugged, with the ID of what is behind it, empty if that is nothing.
+type port struct{ id, device string }
+
+func (v *VM) ports(ctx context.Context) (out []port, err error) {
 	type device struct {
 		ID     string `json:"qdev_id"`
 		Bridge struct {
-			Devices []struct{} `json:"devices"`
+			Devices []struct {
+				ID string `json:"qdev_id"`
+			} `json:"devices"`
 		} `json:"pci_bridge"`
 	}
 	var buses []struct {
 		Devices []device `json:"devices"`
 	}
 	if err := v.mon.Execute(ctx, "query-pci", nil, &buses); err != nil {
-		return "", err
+		return nil, err
 	}
-	var used []string
 	for _, b := range buses {
 		for _, d := range b.Devices {
 			if !portRE.MatchString(d.ID) {
 				continue
 			}
-			if len(d.Bridge.Devices) == 0 {
-				return d.ID, nil
+			p := port{id: d.ID}
+			for _, behind := range d.Bridge.Devices {
+				p.device = behind.ID
 			}
-			used = append(used, d.ID)
+			out = append(out, p)
 		}
+	}
+	return out, nil
+}
+
+// freePort finds a root port with nothing behind it.
+func (v *VM) freePort(ctx context.Context) (string, error) {
+	ports, err := v.ports(ctx)
+	if err != nil {
+		return "", err
+	}
+	var used []string
+	for _, p := range ports {
+		if p.device == "" {
+			return p.id, nil
+		}
+		used = append(used, p.id)
 	}
 	return "", fmt.Errorf("no root port is free (in use: %s): %w", strings.Join(used, ", "), errdefs.ErrResourceExhausted)
 }

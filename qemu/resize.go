@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -17,6 +18,9 @@ const (
 	memoryBackend = "mem1"
 	// MemoryBlock is the unit in which memory is plugged: what a virtio-mem device gives at once where pages have 4 KiB.
 	MemoryBlock = 2 * mib
+
+	// minRegion is the least that QEMU makes a region for translated code.
+	minRegion = 2 * mib
 
 	// sizePoll is how often QEMU is asked how far the guest has come.
 	sizePoll = 20 * time.Millisecond
@@ -37,12 +41,16 @@ type Size struct {
 	RequestedBytes int64 `json:"requestedBytes"`
 	BalloonBytes   int64 `json:"balloonBytes"`
 	MaxMemoryBytes int64 `json:"maxMemoryBytes"`
-	// Devices is how many devices there are that give memory or take it back.
-	Devices int `json:"devices"`
 }
 
-// Plugged tells whether the VM has, or ever had, anything that it did not begin with.
-func (s Size) Plugged() bool { return s.VCPUs != s.BootVCPUs || s.Devices > 0 }
+// Plugged is what a VM has for its size beside what it began with. A machine that is Incoming gets it from Spec.Plugged.
+type Plugged struct {
+	// VCPUs are all processors, those that it began with too; 0 is no more than these.
+	VCPUs int `json:"vcpus,omitempty"`
+	// MemoryPort and BalloonPort are the root ports of the devices that give memory and take it back, empty without them.
+	MemoryPort  string `json:"memoryPort,omitempty"`
+	BalloonPort string `json:"balloonPort,omitempty"`
+}
 
 // MemoryBytes is what the guest has now.
 func (s Size) MemoryBytes() int64 { return s.BootBytes + s.PluggedBytes - s.BalloonBytes }
@@ -86,7 +94,6 @@ func (v *VM) Size(ctx context.Context) (Size, error) {
 	for _, d := range devices {
 		if d.Data.ID == memoryID {
 			s.PluggedBytes, s.RequestedBytes = d.Data.Size, d.Data.Requested
-			s.Devices++
 		}
 	}
 	there, err := v.hasDevice(ctx, balloonID)
@@ -98,8 +105,58 @@ func (v *VM) Size(ctx context.Context) (Size, error) {
 	}
 	err = v.mon.Execute(ctx, "query-balloon", nil, &balloon)
 	s.BalloonBytes = s.BootBytes - balloon.Actual
-	s.Devices++
 	return s, err
+}
+
+// Plugged asks QEMU.
+func (v *VM) Plugged(ctx context.Context) (Plugged, error) {
+	s, err := v.Size(ctx)
+	if err != nil {
+		return Plugged{}, err
+	}
+	ports, err := v.ports(ctx)
+	if err != nil {
+		return Plugged{}, err
+	}
+	var p Plugged
+	if s.VCPUs > s.BootVCPUs {
+		p.VCPUs = s.VCPUs
+	}
+	for _, port := range ports {
+		switch port.device {
+		case memoryID:
+			p.MemoryPort = port.id
+		case balloonID:
+			p.BalloonPort = port.id
+		}
+	}
+	return p, nil
+}
+
+// plugAll has a VM that waits for a state have what was plugged into the one that was saved. How much memory the devices give and
+// take is part of the state.
+func (v *VM) plugAll(ctx context.Context, p Plugged) error {
+	if p == (Plugged{}) {
+		return nil
+	}
+	if p.VCPUs > 0 {
+		if err := v.AddVCPUs(ctx, p.VCPUs); err != nil {
+			return err
+		}
+	}
+	v.plug.Lock()
+	defer v.plug.Unlock()
+	s, err := v.Size(ctx)
+	if err != nil {
+		return err
+	}
+	if p.MemoryPort != "" {
+		err = v.plugMemory(ctx, p.MemoryPort, s, 0)
+	}
+	if err == nil && p.BalloonPort != "" {
+		err = v.plugBalloon(ctx, p.BalloonPort)
+	}
+	return err
 }
 
 // AddVCPUs plugs processors until there are n. They stay: a guest that is to have less of them takes them offline itself.
@@ -119,6 +176,17 @@ func (v *VM) AddVCPUs(ctx context.Context, n int) error {
 		return fmt.Errorf("vcpus is %d; it has to be at most %d, what the VM was started for: %w", n, len(slots), errdefs.ErrFailedPrecondition)
 	}
 	slices.SortFunc(slots, func(a, b slot) int { return cmp.Compare(a.Props["core-id"], b.Props["core-id"]) })
+	have := 0
+	for _, s := range slots {
+		if s.Path != "" {
+			have++
+		}
+	}
+	if n > have {
+		if err := v.roomForVCPUs(ctx, n, len(slots)); err != nil {
+			return err
+		}
+	}
 	for i, s := range slots[:n] {
 		if s.Path != "" {
 			continue
@@ -132,6 +200,38 @@ func (v *VM) AddVCPUs(ctx context.Context, n int) error {
 		}
 	}
 	return nil
+}
+
+// roomForVCPUs refuses processors for whose translated code there may be no room just now. QEMU divides the room among all processors that
+// can come, in regions. Each processor takes one after the other, the first when it is plugged: if there is none then, QEMU aborts
+// (tcg_region_initial_alloc). When all are taken and another one is needed, they are all free again.
+func (v *VM) roomForVCPUs(ctx context.Context, n, most int) error {
+	accel, err := v.Accel(ctx)
+	if err != nil || accel != AccelTCG {
+		return err
+	}
+	var jit struct {
+		Text string `json:"human-readable-text"`
+	}
+	if err := v.mon.Execute(ctx, "x-query-jit", nil, &jit); err != nil {
+		return err
+	}
+	_, sizes, _ := strings.Cut(jit.Text, "gen code size")
+	var used, room int64
+	if _, err := fmt.Sscanf(strings.TrimSpace(sizes), "%d/%d", &used, &room); err != nil {
+		return fmt.Errorf("x-query-jit says %.200q: %w", jit.Text, err)
+	}
+	if !regionFree(used, room, n, most) {
+		return fmt.Errorf("vcpus is %d; translated code takes %d of %d bytes, which leaves no room for another processor until the guest has run more: %w", n, used, room, errdefs.ErrFailedPrecondition)
+	}
+	return nil
+}
+
+// regionFree tells whether n processors can have a region each to begin with.
+func regionFree(used, room int64, n, most int) bool {
+	const waste = mib                                                 // at the ends of regions, and what is translated meanwhile
+	regions := int64(max(most, min(tcgBuffer*mib/minRegion, most*8))) // tcg_n_regions
+	return (used+waste)*regions/room+int64(n) <= regions
 }
 
 // RequestMemory asks the guest to have so many bytes, rounded up to MemoryBlock beyond those that it has begun with, and does not
@@ -159,13 +259,18 @@ func (v *VM) requestPlugged(ctx context.Context, s Size, bytes int64) error {
 		if bytes == 0 {
 			return nil
 		}
-		return v.plugMemory(ctx, (s.MaxMemoryBytes-s.BootBytes)/MemoryBlock*MemoryBlock, bytes)
+		port, err := v.freePort(ctx)
+		if err != nil {
+			return err
+		}
+		return v.plugMemory(ctx, port, s, bytes)
 	}
 	return v.mon.Execute(ctx, "qom-set", props{"path": "/machine/peripheral/" + memoryID, "property": "requested-size", "value": bytes}, nil)
 }
 
-// plugMemory plugs a device that can give up to size bytes. They are memory of the node only as far as the guest has touched them.
-func (v *VM) plugMemory(ctx context.Context, size, requested int64) error {
+// plugMemory plugs a device that can give all that there can come to be. It is memory of the node only as far as the guest has touched it.
+func (v *VM) plugMemory(ctx context.Context, port string, s Size, requested int64) error {
+	size := (s.MaxMemoryBytes - s.BootBytes) / MemoryBlock * MemoryBlock
 	there, err := v.has(ctx, "qom-list", props{"path": "/objects"}, memoryBackend)
 	if err != nil {
 		return err
@@ -175,10 +280,6 @@ func (v *VM) plugMemory(ctx context.Context, size, requested int64) error {
 		if err := v.mon.Execute(ctx, "object-add", backend, nil); err != nil {
 			return err
 		}
-	}
-	port, err := v.freePort(ctx)
-	if err != nil {
-		return err
 	}
 	return v.mon.Execute(ctx, "device_add", pciDevice("virtio-mem-pci", memoryID, props{
 		"bus": port, "memdev": memoryBackend, "requested-size": requested, "block-size": MemoryBlock,
@@ -198,11 +299,15 @@ func (v *VM) requestBalloon(ctx context.Context, s Size, bytes int64) error {
 		if err != nil {
 			return err
 		}
-		if err := v.mon.Execute(ctx, "device_add", pciDevice("virtio-balloon-pci", balloonID, props{"bus": port}), nil); err != nil {
+		if err := v.plugBalloon(ctx, port); err != nil {
 			return err
 		}
 	}
 	return v.SetMemory(ctx, bytes)
+}
+
+func (v *VM) plugBalloon(ctx context.Context, port string) error {
+	return v.mon.Execute(ctx, "device_add", pciDevice("virtio-balloon-pci", balloonID, props{"bus": port}), nil)
 }
 
 // AwaitMemory waits until the guest has so many bytes, rounded as in RequestMemory, or has given back as much as it can. It tells what

@@ -15,6 +15,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/vmruntime/vmruntime/trace"
 )
 
 // Names below RunDir.
@@ -47,8 +49,9 @@ type Spec struct {
 	// Memory is a file of Machine.MemoryBytes that the guest's memory is, or begins with; see Machine.Memory. For MemoryPrivate and
 	// MemoryCopied a memfd that is sealed against writing is right. It stays the caller's.
 	Memory *os.File
-	// State is what a machine that is Incoming begins with.
-	State io.Reader
+	// State is what a machine that is Incoming begins with, Plugged what it had then that it did not begin with.
+	State   io.Reader
+	Plugged Plugged
 	// Place, if there, is called with the process while it has done nothing yet, to put it into its cgroup.
 	Place func(pid int) error
 	// Log takes what is not an error; slog.Default by default.
@@ -62,6 +65,7 @@ func (s Spec) validate() error {
 	p.rule(len(s.Taps) == s.Machine.connected(), "taps", len(s.Taps), fmt.Sprintf("%d, one for each NIC", s.Machine.connected()))
 	p.rule(filepath.IsAbs(s.RunDir), "runDir", s.RunDir, "an absolute path")
 	p.rule((s.Memory != nil) == (s.Machine.Memory != MemoryOwn), "memory", s.Memory != nil, "a file exactly if the machine's memory is not its own")
+	p.rule(s.Plugged == Plugged{} || s.Machine.Incoming, "plugged", s.Plugged, "empty unless the machine is incoming")
 	p.rule((s.State != nil) == s.Machine.Incoming, "state", s.State != nil, "there exactly if the machine is incoming")
 	return errors.Join(append(p, s.Machine.Validate())...)
 }
@@ -116,17 +120,26 @@ func Start(ctx context.Context, s Spec) (*VM, error) {
 			return nil, err
 		}
 	}
+	_, answered := trace.Start(ctx, "exec QEMU")
 	p, out, err := launch(s.Launcher, j, in.files, s.Place)
 	if err != nil {
+		answered(err)
 		return nil, errors.Join(err, closeFile(console))
 	}
 	v := newVM(s.record(p), p, out, console, s.Log)
 	in.close() // so that a QEMU that ends early refuses the connection
-	if err := v.connect(ctx); err != nil {
+	err = v.connect(ctx)
+	answered(err)
+	if err != nil {
 		return nil, v.abandon(err)
 	}
 	if s.Machine.Incoming {
-		if err := v.load(ctx, s.State, s.Machine.Memory != MemoryOwn); err != nil {
+		if err := trace.Do(ctx, "load state", func(ctx context.Context) error {
+			if err := v.plugAll(ctx, s.Plugged); err != nil {
+				return err
+			}
+			return v.load(ctx, s.State, s.Machine.Memory != MemoryOwn)
+		}); err != nil {
 			return nil, v.abandon(err)
 		}
 	}

@@ -21,13 +21,18 @@ const (
 )
 
 // SaveState stops the guest and writes its whole state to w: processors, devices, and memory, of which pages of zeros
-// take next to nothing. The disks are not part of it; they are flushed. The guest stays stopped, also on error, until Resume.
+// take next to nothing. The disks are not part of it; they are flushed. The guest stays stopped, also on error, until Resume. While a
+// disk is copied, which QEMU cannot do at the same time, it is errdefs.ErrFailedPrecondition.
 func (v *VM) SaveState(ctx context.Context, w io.Writer) error { return v.save(ctx, w, false) }
 
 // SaveDevices is SaveState without the memory, which is in the caller's Spec.Memory: only with MemoryShared.
 func (v *VM) SaveDevices(ctx context.Context, w io.Writer) error { return v.save(ctx, w, true) }
 
 func (v *VM) save(ctx context.Context, w io.Writer, skipMemory bool) error {
+	if !v.copying.TryLock() {
+		return errCopying
+	}
+	defer v.copying.Unlock()
 	v.plug.Lock()
 	defer v.plug.Unlock()
 	ctx, cancel := context.WithTimeout(ctx, stateTimeout)

@@ -138,6 +138,9 @@ func TestSaveState(t *testing.T) {
 		if err := g.SaveState(t.Context(), &state); err != nil {
 			t.Fatal(err)
 		}
+		if s, err := g.VM.State(t.Context()); err != nil || s != "postmigrate" && s != "finish-migrate" {
+			t.Errorf("the guest that was saved is %q (%v); who saves its disks relies on postmigrate or, at first, finish-migrate", s, err)
+		}
 		if err := g.Resume(t.Context()); err != nil {
 			t.Fatal(err)
 		}

@@ -61,8 +61,7 @@ func (g *guest) command(command string) string {
 	g.t.Helper()
 	answer := g.do("tpm " + command)
 	if len(answer) < 20 || answer[12:20] != "00000000" {
-		g.t.Errorf("command %s: %q", command, answer)
-		return ""
+		g.t.Fatalf("command %s: %q", command, answer)
 	}
 	return answer[20:]
 }

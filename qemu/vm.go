@@ -119,7 +119,8 @@ type VM struct {
 	mon  *Monitor
 	log  *slog.Logger
 
-	plug sync.Mutex // held while devices are plugged or unplugged
+	copying sync.Mutex // held while a disk is copied or the state saved; taken before plug, and never waited for
+	plug    sync.Mutex // held while devices are plugged or unplugged
 
 	mu      sync.Mutex
 	reason  string // of the guest's end

@@ -163,10 +163,10 @@ func (n *nodeCheck) containerd(ctx context.Context) CheckResult {
 	return passed("%s %s at %s", v.GetRuntimeName(), v.GetRuntimeVersion(), address)
 }
 
-// fileSystem holds that the kubelet's image garbage collection sees our files: it looks at the file system of
-// containerd's images only.
+// fileSystem holds that the kubelet sees our files fill a disk: it looks at the file systems of containerd's images and of its own root
+// directory, which we do not know.
 func (n *nodeCheck) fileSystem(ctx context.Context) CheckResult {
-	const fix = "put server.root on the file system of containerd's images; else the kubelet's garbage collection works with wrong figures"
+	const fix = "put server.root on the file system of containerd's images, or on that of the kubelet's root directory; the kubelet does not see that any other one fills up"
 	info, err := runtimeapi.NewImageServiceClient(n.conn).ImageFsInfo(ctx, &runtimeapi.ImageFsInfoRequest{})
 	if err != nil || len(info.GetImageFilesystems()) == 0 {
 		return warned("see containerd", "containerd does not tell where its images are: %s", status.Convert(err).Message())

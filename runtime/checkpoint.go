@@ -46,8 +46,11 @@ const (
 type checkpointManifest struct {
 	Platform platform `json:"platform"`
 
-	VCPUs       int   `json:"vcpus"`
-	MemoryBytes int64 `json:"memoryBytes"`
+	// VCPUs and MemoryBytes are what the VM has begun with, Plugged what it has had beside that, Size what it is to have.
+	VCPUs       int          `json:"vcpus"`
+	MemoryBytes int64        `json:"memoryBytes"`
+	Plugged     qemu.Plugged `json:"plugged,omitzero"`
+	Size        vmSize       `json:"size"`
 	// MaxVCPUs and MaxMemoryBytes are what the VM can come to have.
 	MaxVCPUs       int   `json:"maxVCPUs,omitempty"`
 	MaxMemoryBytes int64 `json:"maxMemoryBytes,omitempty"`
@@ -58,7 +61,7 @@ type checkpointManifest struct {
 	Disks      []checkpointDisk                      `json:"disks"`
 	Pod        message[*runtimeapi.PodSandboxConfig] `json:"pod"`
 	Containers []checkpointContainer                 `json:"containers,omitempty"`
-	// Machine is there if the VM is one; then there are no Disks and Containers.
+	// Machine is there if the VM is one; then there are no Disks.
 	Machine *checkpointMachine `json:"machine,omitempty"`
 }
 
@@ -142,17 +145,7 @@ func (rt *Runtime) CheckpointPod(ctx context.Context, req *runtimeapi.Checkpoint
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, w.Close()) }()
-	return &runtimeapi.CheckpointPodResponse{}, p.checkpoint(ctx, selected, w)
-}
-
-// containersOnly refuses machines, which RestorePod cannot make another pod.
-func containersOnly(selected []*container) error {
-	for _, c := range selected {
-		if c.isMachine() {
-			return fmt.Errorf("container %s is a machine, whose guest cannot be made another pod; `vmruntime vm snapshot` and `vmruntime vm restore` take it back to what it was: %w", c.id, errdefs.ErrNotImplemented)
-		}
-	}
-	return nil
+	return &runtimeapi.CheckpointPodResponse{}, p.checkpoint(ctx, selected, w, (*checkpointMachine).movable)
 }
 
 // CheckpointContainer writes the pod of a container that is the only one running in it into one file, as CheckpointPod does into a
@@ -170,7 +163,7 @@ func (rt *Runtime) CheckpointContainer(ctx context.Context, req *runtimeapi.Chec
 	}
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	if err := errors.Join(containersOnly([]*container{c}), c.alone(), c.pod.checkSelected([]*container{c})); err != nil {
+	if err := errors.Join(c.alone(), c.pod.checkSelected([]*container{c})); err != nil {
 		return nil, err
 	}
 	w, err := archive.CreateTar("location", req.GetLocation())
@@ -178,7 +171,7 @@ func (rt *Runtime) CheckpointContainer(ctx context.Context, req *runtimeapi.Chec
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, w.Close()) }()
-	return &runtimeapi.CheckpointContainerResponse{}, c.pod.checkpoint(ctx, []*container{c}, w)
+	return &runtimeapi.CheckpointContainerResponse{}, c.pod.checkpoint(ctx, []*container{c}, w, (*checkpointMachine).movable)
 }
 
 // alone refuses a container beside which others run: what is saved is the VM.
@@ -209,7 +202,7 @@ func (p *pod) selected(ids []string) ([]*container, error) {
 		}
 		out = append(out, c)
 	}
-	return out, errors.Join(containersOnly(out), p.checkSelected(out))
+	return out, p.checkSelected(out)
 }
 
 // checkSelected refuses what cannot be checkpointed. A VM is captured whole: what runs in it has to be selected.
@@ -217,6 +210,8 @@ func (p *pod) checkSelected(selected []*container) error {
 	for _, c := range p.rt.containersOf(p.id) {
 		running, listed := c.rec.Status().running(), slices.Contains(selected, c)
 		switch {
+		case c.rec.Spec().Restored != nil && c.rec.Status().state() == runtimeapi.ContainerState_CONTAINER_CREATED:
+			return fmt.Errorf("container %s was restored and has not been started, and would go on with the others; start it first, or remove it: %w", c.id, errdefs.ErrFailedPrecondition)
 		case listed && !running:
 			return fmt.Errorf("container %s is %s, not running: %w", c.id, stateName(c.rec.Status().state()), errdefs.ErrFailedPrecondition)
 		case running && !listed:
@@ -233,6 +228,9 @@ func (p *pod) checkSelected(selected []*container) error {
 	if p.rec.Spec().HugeBytes > 0 {
 		return fmt.Errorf("the pod has huge pages, which a node that restores it may not have; it cannot be checkpointed: %w", errdefs.ErrFailedPrecondition)
 	}
+	if slices.ContainsFunc(p.rec.Status().Guest.Disks, isVolumeSerial) {
+		return fmt.Errorf("the pod has, or had, block volumes, whose content is the node's; it cannot be checkpointed: %w", errdefs.ErrFailedPrecondition)
+	}
 	if p.rec.Status().Guest.Share != nil {
 		return fmt.Errorf("the pod had volumes that are shared with the node by virtiofs; it cannot be checkpointed: %w", errdefs.ErrFailedPrecondition)
 	}
@@ -241,7 +239,18 @@ func (p *pod) checkSelected(selected []*container) error {
 
 // still keeps the pod's containers from being started, removed or changed. The order is that of start: containers, then pod.
 func (p *pod) still() (release func()) {
-	all := p.rt.containersOf(p.id)
+	for {
+		all := p.rt.containersOf(p.id)
+		release := p.holdLives(all)
+		// One that was created meanwhile may be about to run. From here on none comes that far: its start needs the pod's life.
+		if !slices.ContainsFunc(p.rt.containersOf(p.id), func(c *container) bool { return !slices.Contains(all, c) }) {
+			return release
+		}
+		release()
+	}
+}
+
+func (p *pod) holdLives(all []*container) (release func()) {
 	slices.SortFunc(all, func(a, b *container) int { return strings.Compare(a.id, b.id) })
 	for _, c := range all {
 		c.life.Lock()
@@ -255,10 +264,27 @@ func (p *pod) still() (release func()) {
 	}
 }
 
-func (p *pod) checkpoint(ctx context.Context, selected []*container, w *archive.Writer) error {
+// checkpoint writes the pod, if it is no machine, or one that passes.
+func (p *pod) checkpoint(ctx context.Context, selected []*container, w *archive.Writer, passes func(*checkpointMachine) error) error {
 	defer p.still()()
+	ctx, cut := context.WithCancelCause(ctx)
+	defer cut(nil)
+	p.cut.Store(&cut)
+	defer p.cut.Store(nil)
+	err := p.checkpointStill(ctx, selected, w, passes)
+	if err != nil && errors.Is(context.Cause(ctx), errCut) {
+		err = errors.Join(errCut, err)
+	}
+	return err
+}
+
+// checkpointStill is checkpoint while nobody else changes the pod.
+func (p *pod) checkpointStill(ctx context.Context, selected []*container, w *archive.Writer, passes func(*checkpointMachine) error) error {
 	if err := errors.Join(ctx.Err(), p.checkSelected(selected)); err != nil {
 		return err
+	}
+	if p.rec.Status().Capturing {
+		return fmt.Errorf("sandbox %s is still being let go on after an earlier checkpoint: %w", p.id, errdefs.ErrFailedPrecondition)
 	}
 	g := p.currentGuest()
 	if p.state() != runtimeapi.PodSandboxState_SANDBOX_READY || g == nil || !g.alive() {
@@ -268,13 +294,16 @@ func (p *pod) checkpoint(ctx context.Context, selected []*container, w *archive.
 		return errors.Join(err, fmt.Errorf("the VM of sandbox %s is %q; it must run: %w", p.id, s, errdefs.ErrFailedPrecondition))
 	}
 	m, err := p.describeCheckpoint(ctx, g, selected)
+	if err == nil && m.Machine != nil {
+		err = passes(m.Machine)
+	}
 	if err != nil {
 		return err
 	}
 	if err := p.update(func(s *podStatus) error { s.Capturing = true; return nil }); err != nil {
 		return err
 	}
-	err = p.captureUnlessCut(ctx, g, selected, m, w)
+	err = p.captureWhole(ctx, g, selected, m, w)
 	if released := g.release(ctx); released != nil {
 		err = errors.Join(err, released)
 		g.releaseLeft()
@@ -288,22 +317,35 @@ func (p *pod) checkpoint(ctx context.Context, selected []*container, w *archive.
 // errCut is the cause of the end of a checkpoint's context.
 var errCut = fmt.Errorf("given up, to end what runs in the pod: %w", errdefs.ErrAborted)
 
-// captureUnlessCut ends early when cutCheckpoint asks for it.
-func (p *pod) captureUnlessCut(ctx context.Context, g *guest, selected []*container, m *checkpointManifest, w *archive.Writer) error {
-	ctx, cut := context.WithCancelCause(ctx)
-	defer cut(nil)
-	p.cut.Store(&cut)
-	defer p.cut.Store(nil)
+// captureWhole writes all that a VM is at one moment.
+func (p *pod) captureWhole(ctx context.Context, g *guest, selected []*container, m *checkpointManifest, w *archive.Writer) error {
 	var err error
 	if g.machine != nil {
 		err = selected[0].captureMachine(ctx, g, m, w)
 	} else {
 		err = p.capture(ctx, g, selected, m, w)
 	}
-	if err != nil && errors.Is(context.Cause(ctx), errCut) {
-		return errCut
+	if err != nil {
+		return err
 	}
-	return err
+	return g.stoodStill(ctx)
+}
+
+// stoodStill refuses what was saved if the VM has gone on meanwhile, whoever let it: its disks are then of another moment than its memory.
+func (g *guest) stoodStill(ctx context.Context) error {
+	s, err := g.vm.State(ctx)
+	if err != nil || s == stateSaved || s == stateSaving {
+		return err
+	}
+	return fmt.Errorf("the VM is %q when all of it is saved; it must be %q ever since its memory was: %w", s, stateSaved, errdefs.ErrAborted)
+}
+
+// uncaptured refuses what would let a VM go on that is being saved, or would be lost in its going on.
+func (g *guest) uncaptured() error {
+	if g.pod.cut.Load() == nil {
+		return nil
+	}
+	return fmt.Errorf("a checkpoint of the pod is being taken, after which it goes on by itself: %w", errdefs.ErrFailedPrecondition)
 }
 
 // cutCheckpoint gives up the checkpoint that is being taken, if one is; the pod then goes on.
@@ -326,15 +368,17 @@ func (p *pod) describeCheckpoint(ctx context.Context, g *guest, selected []*cont
 	if err != nil {
 		return nil, err
 	}
-	resized := size.Plugged()
-	if g.machine != nil { // its balloon is there from the start
-		resized = size.MemoryBytes() != size.BootBytes
-	}
-	if resized {
-		return nil, fmt.Errorf("the VM of sandbox %s has been resized since it booted, so it cannot be checkpointed; it can when it has started anew: %w", p.id, errdefs.ErrFailedPrecondition)
+	if g.machine != nil && size.MemoryBytes() != size.BootBytes {
+		return nil, fmt.Errorf("the machine of sandbox %s has less memory than it has booted with, so it cannot be checkpointed; it can when it has all of it: %w", p.id, errdefs.ErrFailedPrecondition)
 	}
 	m := &checkpointManifest{
-		VCPUs: size.VCPUs, MemoryBytes: size.BootBytes, MaxVCPUs: size.MaxVCPUs, MaxMemoryBytes: size.MaxMemoryBytes, Pod: spec.Config,
+		VCPUs: size.BootVCPUs, MemoryBytes: size.BootBytes, MaxVCPUs: size.MaxVCPUs, MaxMemoryBytes: size.MaxMemoryBytes, Pod: spec.Config,
+		Size: p.size(),
+	}
+	if g.machine == nil {
+		if m.Plugged, err = g.vm.Plugged(ctx); err != nil {
+			return nil, err
+		}
 	}
 	if m.Platform, err = p.rt.platform(accel); err != nil {
 		return nil, err
@@ -342,12 +386,13 @@ func (p *pod) describeCheckpoint(ctx context.Context, g *guest, selected []*cont
 	if m.Platform.QEMU, err = runningQEMU(ctx, g.vm); err != nil {
 		return nil, err
 	}
-	if g.machine != nil {
-		m.Machine = selected[0].describeMachine()
-		return m, nil
-	}
 	for _, nic := range s.Network.Interfaces {
 		m.Interfaces = append(m.Interfaces, checkpointInterface{MAC: nic.MAC, MTU: nic.MTU})
+	}
+	if g.machine != nil {
+		m.Machine = selected[0].describeMachine(ctx, g)
+		m.Containers = []checkpointContainer{{Spec: selected[0].rec.Spec()}}
+		return m, ctx.Err()
 	}
 	for _, serial := range s.Guest.Disks {
 		ref := p.imageOf(serial)
@@ -428,6 +473,9 @@ func (g *guest) freeze(ctx context.Context, selected []*container, m *checkpoint
 	resp, err := client.Freeze(ctx, req)
 	if err != nil {
 		return err
+	}
+	if len(resp.GetEnds()) != len(selected) {
+		return fmt.Errorf("the guest's agent tells the ends of %d containers' output, want %d: %w", len(resp.GetEnds()), len(selected), errdefs.ErrInternal)
 	}
 	for i, c := range selected {
 		end := resp.GetEnds()[i]

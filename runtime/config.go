@@ -7,12 +7,14 @@ import (
 	"io/fs"
 	"log/slog"
 	"math"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"regexp"
 	goruntime "runtime"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/dustin/go-humanize"
@@ -45,13 +47,14 @@ type Config struct {
 	Network    NetworkConfig    `toml:"network" comment:"CNI, as in containerd's own configuration."`
 	Cgroup     CgroupConfig     `toml:"cgroup" comment:"Control groups of the host."`
 	Metrics    MetricsConfig    `toml:"metrics" comment:"Figures of the daemon for Prometheus."`
+	Tracing    TracingConfig    `toml:"tracing" comment:"Spans of OpenTelemetry, which show what a CRI call spends its time on."`
 }
 
 // ServerConfig is the section [server].
 type ServerConfig struct {
 	Socket        string `toml:"socket" comment:"The socket that the kubelet speaks CRI to. Only root may open it."`
 	AdminSocket   string `toml:"admin_socket" comment:"The socket that vmruntime vm speaks to. Only root may open it."`
-	Root          string `toml:"root" comment:"Durable state: records of pods and containers, root filesystems of images, scratch disks. Should be on the file system\nof containerd's images: the kubelet sees the usage of both as one."`
+	Root          string `toml:"root" comment:"Durable state: records of pods and containers, root filesystems of images, scratch disks. Should be on the file system\nof containerd's images or of the kubelet's root directory: the kubelet sees no other one fill up."`
 	State         string `toml:"state" comment:"Sockets and what need not outlive a reboot. Should be on a tmpfs."`
 	LogLevel      string `toml:"log_level" comment:"debug, info, warn or error. debug tells every CRI call and who answered it."`
 	StreamAddress string `toml:"stream_address" comment:"Where exec, attach and port-forward of VM pods are served, as address:port; port 0 takes a free one. It has to be a\nloopback address, since whoever has a URL of it may use it."`
@@ -90,11 +93,15 @@ type GuestConfig struct {
 	Dir string `toml:"dir" comment:"What make guest built: kernel, initramfs and manifest.json."`
 }
 
+// maxSpares bounds how many VMs may wait for a pod.
+const maxSpares = 64
+
 // TemplateConfig is the section [template].
 type TemplateConfig struct {
 	Enabled bool   `toml:"enabled" comment:"Whether container VMs begin as copies of templates. Without one, and while one is made, they boot."`
 	Share   string `toml:"share" comment:"Which pods share the pages of a template's memory that they have not written to: none (off), those of one namespace\n(namespace), or all (node). Shared pages save memory. Their timing tells a pod what others have read, and a VM with shared\npages can get no shared directory once one of its containers has started; see docs/templates.md."`
 	MaxSize Size   `toml:"max_size" comment:"How much all templates may take, in memory and on disk each. The least recently used go first."`
+	Spares  int    `toml:"spares" comment:"How many VMs wait for a pod, each a copy of a template of one of the sizes that were asked for last; of two, one is\nof the default size. They are made while no pod starts. A pod that finds one of its size, or one of the default size that can grow to it,\nstarts several times as fast; each takes the memory of an idle VM. Not with share namespace."`
 }
 
 // NetworkConfig is the section [network].
@@ -111,6 +118,20 @@ type CgroupConfig struct {
 // MetricsConfig is the section [metrics].
 type MetricsConfig struct {
 	Address string `toml:"address" comment:"Where /metrics is served: the path of a socket, which only root may open, or a loopback address and a port, like\n127.0.0.1:9090. Empty: nowhere."`
+}
+
+// TracingConfig is the section [tracing]. Its keys mean what they do in the kubelet's configuration.
+type TracingConfig struct {
+	Endpoint               string `toml:"endpoint" comment:"Where spans are sent, by OTLP over gRPC without TLS, as the kubelet does: a host and a port, like 127.0.0.1:4317, or the\npath of a socket. Empty: nowhere, and nothing is traced."`
+	SamplingRatePerMillion int    `toml:"sampling_rate_per_million" comment:"How many of a million traces are recorded that begin here. Those that begin in the kubelet are recorded if it does."`
+}
+
+// Target is the endpoint as gRPC has it.
+func (c TracingConfig) Target() string {
+	if filepath.IsAbs(c.Endpoint) {
+		return "unix:" + c.Endpoint
+	}
+	return c.Endpoint
 }
 
 // Listen says where metrics are served, as for net.Listen.
@@ -187,10 +208,11 @@ func defaultConfig(goarch string) Config {
 			UIDBase:  200000,
 			UIDCount: 65536,
 		},
-		Template: TemplateConfig{Enabled: true, Share: shareOff, MaxSize: 2 << 30},
+		Template: TemplateConfig{Enabled: true, Share: shareOff, MaxSize: 2 << 30, Spares: 2},
 		Guest:    GuestConfig{Dir: "/usr/lib/vmruntime/guest"},
 		Network:  NetworkConfig{ConfDir: "/etc/cni/net.d", BinDirs: []string{"/opt/cni/bin"}},
 		Cgroup:   CgroupConfig{Driver: "auto"},
+		Tracing:  TracingConfig{SamplingRatePerMillion: perMillion},
 	}
 }
 
@@ -289,6 +311,7 @@ func (c Config) Validate() error {
 	v.path("guest.dir", c.Guest.Dir)
 	v.oneOf("template.share", c.Template.Share, shareOff, shareNamespace, shareNode)
 	v.rule(c.Template.MaxSize >= 0, "template.max_size", c.Template.MaxSize, "not negative")
+	v.rule(c.Template.Spares >= 0 && c.Template.Spares <= maxSpares, "template.spares", c.Template.Spares, fmt.Sprintf("0 to %d", maxSpares))
 	v.path("network.conf_dir", c.Network.ConfDir)
 	v.rule(len(c.Network.BinDirs) > 0, "network.bin_dirs", c.Network.BinDirs, "at least one directory")
 	for i, dir := range c.Network.BinDirs {
@@ -296,6 +319,7 @@ func (c Config) Validate() error {
 	}
 	v.oneOf("cgroup.driver", c.Cgroup.Driver, "auto", "cgroupfs", "systemd")
 	c.Metrics.validate(&v)
+	c.Tracing.validate(&v)
 	return errors.Join(v.errs...)
 }
 
@@ -309,6 +333,21 @@ func (c MetricsConfig) validate(v *validator) {
 		addr, err := netip.ParseAddrPort(address)
 		v.rule(err == nil && addr.Addr().IsLoopback(), "metrics.address", address, "empty, the absolute path of a socket, or a loopback address and a port, like 127.0.0.1:9090")
 	}
+}
+
+// perMillion is the whole of what is sampled.
+const perMillion = 1_000_000
+
+func (c TracingConfig) validate(v *validator) {
+	if filepath.IsAbs(c.Endpoint) {
+		v.path("tracing.endpoint", c.Endpoint)
+	} else if c.Endpoint != "" {
+		host, port, err := net.SplitHostPort(c.Endpoint)
+		number, portErr := strconv.ParseUint(port, 10, 16)
+		ok := err == nil && portErr == nil && number > 0 && host != "" && !strings.Contains(host, "/")
+		v.rule(ok, "tracing.endpoint", c.Endpoint, "empty, a host and a port without a scheme, like 127.0.0.1:4317, or the absolute path of a socket")
+	}
+	v.rule(c.SamplingRatePerMillion >= 0 && c.SamplingRatePerMillion <= perMillion, "tracing.sampling_rate_per_million", c.SamplingRatePerMillion, "0 to 1000000")
 }
 
 // handlerName is what Kubernetes allows for the handler of a RuntimeClass: a DNS label.

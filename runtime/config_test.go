@@ -178,9 +178,19 @@ func TestConfigErrors(t *testing.T) {
 			want: []string{`metrics.address is "10.0.0.1:9090"; it has to be empty, the absolute path of a socket, or a loopback address and a port`},
 		},
 		"metrics socket": {text: "[metrics]\naddress = '/run/../x'\n", want: []string{"metrics.address is \"/run/../x\"; it has to be an absolute, clean path"}},
-		"itself":         {text: "[containerd]\naddress = '/run/vmruntime/vmruntime.sock'\n", want: []string{"another socket than server.socket"}},
-		"user IDs":       {text: "[qemu]\nuid_base = 4294960000\nuid_count = 65536\n", want: []string{"qemu.uid_count is 65536"}},
-		"empty lists":    {text: "[vm]\nhandlers = []\n[network]\nbin_dirs = []\n", want: []string{"vm.handlers is []", "network.bin_dirs is []"}},
+		"tracing endpoint with a scheme": {
+			text: "[tracing]\nendpoint = 'http://127.0.0.1:4317'\n",
+			want: []string{`tracing.endpoint is "http://127.0.0.1:4317"; it has to be empty, a host and a port without a scheme, like 127.0.0.1:4317`},
+		},
+		"tracing without a port": {text: "[tracing]\nendpoint = 'collector:0'\n", want: []string{`tracing.endpoint is "collector:0"`}},
+		"tracing socket":         {text: "[tracing]\nendpoint = '/run/../x'\n", want: []string{`tracing.endpoint is "/run/../x"; it has to be an absolute, clean path`}},
+		"sampling": {
+			text: "[tracing]\nsampling_rate_per_million = 1000001\n",
+			want: []string{"tracing.sampling_rate_per_million is 1000001; it has to be 0 to 1000000"},
+		},
+		"itself":      {text: "[containerd]\naddress = '/run/vmruntime/vmruntime.sock'\n", want: []string{"another socket than server.socket"}},
+		"user IDs":    {text: "[qemu]\nuid_base = 4294960000\nuid_count = 65536\n", want: []string{"qemu.uid_count is 65536"}},
+		"empty lists": {text: "[vm]\nhandlers = []\n[network]\nbin_dirs = []\n", want: []string{"vm.handlers is []", "network.bin_dirs is []"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			cfg := Default()
@@ -207,6 +217,22 @@ func TestMetricsAddress(t *testing.T) {
 		network, listen := cfg.Metrics.Listen()
 		if got := network + " " + listen; got != want {
 			t.Errorf("%q: listens at %q, want %q", address, got, want)
+		}
+	}
+}
+
+func TestTracingTarget(t *testing.T) {
+	for endpoint, want := range map[string]string{
+		"": "", "127.0.0.1:4317": "127.0.0.1:4317", "[::1]:4317": "[::1]:4317", "otel-collector.monitoring:4317": "otel-collector.monitoring:4317",
+		"/run/otlp.sock": "unix:/run/otlp.sock",
+	} {
+		cfg := Default()
+		cfg.Tracing.Endpoint = endpoint
+		if err := cfg.Validate(); err != nil {
+			t.Errorf("%q: %v", endpoint, err)
+		}
+		if got := cfg.Tracing.Target(); got != want {
+			t.Errorf("%q: the target is %q, want %q", endpoint, got, want)
 		}
 	}
 }

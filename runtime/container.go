@@ -14,6 +14,7 @@ import (
 
 	"github.com/vmruntime/vmruntime/agent/agentpb"
 	"github.com/vmruntime/vmruntime/runtime/state"
+	"github.com/vmruntime/vmruntime/trace"
 )
 
 // container is one container of a VM pod while the daemon runs.
@@ -33,7 +34,9 @@ type container struct {
 	exitOnce sync.Once
 	logs     logSink
 	output   broadcaster
-	cpu      cpuSample
+	// spoke ends the span up to the first output; nil if an earlier daemon started the container.
+	spoke func(error)
+	cpu   cpuSample
 }
 
 func (rt *Runtime) newContainer(p *pod, rec *state.Record[containerSpec, containerStatus]) *container {
@@ -101,6 +104,10 @@ func (rt *Runtime) StartContainer(ctx context.Context, req *runtimeapi.StartCont
 	if err != nil {
 		return nil, err
 	}
+	c.pod.tag(ctx)
+	trace.Tag(ctx, "container.id", c.id)
+	trace.Tag(ctx, "k8s.container.name", c.config().GetMetadata().GetName())
+	defer rt.spares.hold()()
 	c.life.Lock()
 	defer c.life.Unlock()
 	if s := c.rec.Status(); s.state() != runtimeapi.ContainerState_CONTAINER_CREATED {
@@ -108,6 +115,8 @@ func (rt *Runtime) StartContainer(ctx context.Context, req *runtimeapi.StartCont
 	}
 	start := c.start
 	switch {
+	case c.isMachine() && c.rec.Spec().Restored != nil:
+		start = c.startRestoredMachine
 	case c.isMachine():
 		start = c.startMachine
 	case c.rec.Spec().Restored != nil:
@@ -123,7 +132,9 @@ func (rt *Runtime) StartContainer(ctx context.Context, req *runtimeapi.StartCont
 
 // start brings what the container needs into the guest and runs it. The caller holds life.
 func (c *container) start(ctx context.Context) error {
-	g, client, err := c.guestSession(ctx)
+	wait, answered := trace.Start(ctx, "wait for the guest")
+	g, client, err := c.guestSession(wait)
+	answered(err)
 	if err != nil {
 		return err
 	}
@@ -145,6 +156,7 @@ func (c *container) start(ctx context.Context) error {
 	}
 	c.pod.watchProjections(c)
 	c.rt.containerEvent(c, runtimeapi.ContainerEventType_CONTAINER_STARTED_EVENT)
+	c.awaitOutput(ctx)
 	c.watch(g)
 	c.pod.wantTemplate(ctx)
 	return nil
@@ -171,7 +183,9 @@ func (c *container) run(ctx context.Context, g *guest, client agentClient) (time
 	if err != nil {
 		return time.Time{}, err
 	}
-	_, err = client.CreateContainer(ctx, req)
+	create, made := trace.Start(ctx, "create container")
+	_, err = client.CreateContainer(create, req)
+	made(err)
 	if errdefs.IsAlreadyExists(err) {
 		// Made for a daemon that was killed before it could start it.
 		if err = c.discard(client); err == nil {
@@ -181,7 +195,9 @@ func (c *container) run(ctx context.Context, g *guest, client agentClient) (time
 	if err != nil {
 		return time.Time{}, errors.Join(err, c.discard(client))
 	}
-	resp, err := client.StartContainer(ctx, &agentpb.StartContainerRequest{Id: c.id})
+	start, began := trace.Start(ctx, "start container")
+	resp, err := client.StartContainer(start, &agentpb.StartContainerRequest{Id: c.id})
+	began(err)
 	if err != nil {
 		return time.Time{}, errors.Join(err, c.discard(client))
 	}
@@ -322,6 +338,9 @@ func (c *container) forget(ctx context.Context) error {
 		}
 	}
 	c.pod.dropProjections(c)
+	if err := c.endUnstarted(ctx); err != nil {
+		return err
+	}
 	if err := errors.Join(c.unshare(), c.rt.images.RemoveMachine(c.id), c.rt.images.Release(ctx, c.id), c.removeLogRecord()); err != nil {
 		return err
 	}

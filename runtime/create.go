@@ -12,6 +12,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/vmruntime/vmruntime/runtime/ocispec"
+	"github.com/vmruntime/vmruntime/trace"
 )
 
 // CreateContainer decides everything about a container and records it. The guest hears of it when it is
@@ -21,6 +22,8 @@ func (rt *Runtime) CreateContainer(ctx context.Context, req *runtimeapi.CreateCo
 	if err != nil {
 		return nil, err
 	}
+	p.tag(ctx)
+	trace.Tag(ctx, "k8s.container.name", req.GetConfig().GetMetadata().GetName())
 	if p.state() != runtimeapi.PodSandboxState_SANDBOX_READY {
 		return nil, fmt.Errorf("sandbox %s is not ready; a container needs one that is: %w", p.id, errdefs.ErrFailedPrecondition)
 	}
@@ -126,13 +129,19 @@ func (rt *Runtime) knownImage(ctx context.Context, ref string, spec *containerSp
 // decideContainer decides everything about an ordinary container, and pins its images.
 func (rt *Runtime) decideContainer(ctx context.Context, p *pod, id string, spec *containerSpec) error {
 	cfg := spec.Config.M
-	if err := ocispec.ValidateContainer(cfg, p.config()); err != nil {
+	var err error
+	if spec.BlockVolumes, err = sharedVolumes(cfg); err != nil {
+		return err
+	}
+	if err := ocispec.ValidateContainer(cfg, p.config(), hostPaths(spec.BlockVolumes)); err != nil {
 		return err
 	}
 	if err := p.checkHugeLimits(cfg.GetLinux().GetResources().GetHugepageLimits()); err != nil {
 		return err
 	}
-	img, err := rt.images.Ensure(ctx, spec.ImageID, id)
+	find, found := trace.Start(ctx, "image disk")
+	img, err := rt.images.Ensure(find, spec.ImageID, id)
+	found(err)
 	if err != nil {
 		return fmt.Errorf("image %q: %w", cfg.GetImage().GetImage(), err)
 	}

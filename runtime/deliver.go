@@ -16,6 +16,8 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/vmruntime/vmruntime/agent/agentpb"
+	"github.com/vmruntime/vmruntime/qemu"
+	"github.com/vmruntime/vmruntime/trace"
 )
 
 const nofollow = unix.O_NOFOLLOW
@@ -24,22 +26,29 @@ const nofollow = unix.O_NOFOLLOW
 func (c *container) deliver(ctx context.Context, g *guest, client agentClient) error {
 	spec := c.rec.Spec()
 	for _, d := range append([]imageDisk{spec.Disk}, spec.Volumes...) {
-		if err := g.plugDisk(ctx, d); err != nil {
-			return err
+		if err := g.plugDisk(ctx, qemu.Disk{Serial: d.Serial, Path: d.Path, Format: "raw", ReadOnly: true}); err != nil {
+			return fmt.Errorf("image: %w", err)
+		}
+	}
+	for _, v := range spec.BlockVolumes {
+		if err := g.plugVolume(ctx, v); err != nil {
+			return fmt.Errorf("block volume %s: %w", v.Path, err)
 		}
 	}
 	for _, m := range spec.Mounts {
 		if m.Via != viaFile && m.Via != viaFiles {
 			continue
 		}
-		if err := pushFiles(ctx, client, m); err != nil {
+		if err := trace.Do(ctx, "push files", func(ctx context.Context) error { return pushFiles(ctx, client, m) }); err != nil {
 			return fmt.Errorf("push %q to the guest: %w", m.HostPath, err)
 		}
 	}
 	if !c.shares() {
 		return nil
 	}
-	return c.pod.with(g, func() error { return c.share(ctx, g, client) })
+	return trace.Do(ctx, "share directories", func(ctx context.Context) error {
+		return c.pod.with(g, func() error { return c.share(ctx, g, client) })
+	})
 }
 
 // with does something for a guest while nothing can tear the pod down: what is started during a teardown would be left over.
@@ -80,6 +89,9 @@ func (c *container) createRequest(g *guest) (*agentpb.CreateContainerRequest, er
 			return nil, err
 		}
 		req.HugeVolumes = append(req.HugeVolumes, v)
+	}
+	if req.BlockDevices, err = blockDevices(spec.BlockVolumes); err != nil {
+		return nil, err
 	}
 	if req.Submounts, err = c.submounts(g); err != nil {
 		return nil, err

@@ -16,12 +16,16 @@ import (
 	"github.com/vmruntime/vmruntime/agent"
 	"github.com/vmruntime/vmruntime/agent/agentpb"
 	"github.com/vmruntime/vmruntime/qemu"
+	"github.com/vmruntime/vmruntime/trace"
 )
 
 const (
 	// bootTimeout bounds the time from QEMU's start to the agent's answer. Under TCG on a loaded node a
 	// boot of two seconds can take many times that.
 	bootTimeout = 2 * time.Minute
+	// bootsPerCPU, of the node, and at least minBoots guests of ours are between QEMU's start and being their pod at the same time. What
+	// is started beside more of them only has all of them come later, up to none in time.
+	bootsPerCPU, minBoots = 2, 4
 	// plugTimeout bounds one hot-plug.
 	plugTimeout = 30 * time.Second
 	// endGrace is how long after its sockets QEMU's process may end.
@@ -41,8 +45,12 @@ type guest struct {
 	log     *slog.Logger
 	// began is when QEMU was started, until the guest is its pod; zero if an earlier daemon started it.
 	began time.Time
+	// first is a session that is there already.
+	first *agent.Client
 	// told says that the guest is to end, so that its end is no failure.
 	told atomic.Bool
+	// ungrown says that it did not come to its pod's size at its start.
+	ungrown atomic.Bool
 
 	mu       sync.Mutex
 	answered bool // there was a session
@@ -60,11 +68,12 @@ type guest struct {
 	done   chan struct{}
 }
 
-// newGuest begins to supervise a VM that runs. began is when this daemon started it, or zero.
-func newGuest(p *pod, boot int, vm *qemu.VM, machine *machineParts, began time.Time) *guest {
+// newGuest begins to supervise a VM that runs. began is when this daemon started it, or zero; first is a session with its agent, if there
+// is one; call is what it was started for.
+func newGuest(call context.Context, p *pod, boot int, vm *qemu.VM, machine *machineParts, began time.Time, first *agent.Client) *guest {
 	ctx, cancel := context.WithCancel(p.rt.ctx)
 	g := &guest{
-		pod: p, boot: boot, vm: vm, machine: machine, began: began,
+		pod: p, boot: boot, vm: vm, machine: machine, began: began, first: first,
 		log:     p.log.With("boot", boot),
 		changed: make(chan struct{}),
 		ctx:     ctx,
@@ -82,9 +91,34 @@ func newGuest(p *pod, boot int, vm *qemu.VM, machine *machineParts, began time.T
 	if machine != nil {
 		g.owned.Go(func() { g.keepAgent(ctx) })
 	} else {
-		g.owned.Go(func() { g.supervise(ctx) })
+		g.owned.Go(func() { g.supervise(ctx, trace.Of(ctx, call)) })
 	}
 	return g
+}
+
+// mayBoot waits until so few guests boot that another one may; whileBooting ends that.
+func (rt *Runtime) mayBoot(ctx context.Context) error {
+	if rt.boots.TryAcquire(1) {
+		return nil
+	}
+	return trace.Do(ctx, "wait for other guests", func(ctx context.Context) error {
+		if err := rt.boots.Acquire(ctx, 1); err != nil {
+			return fmt.Errorf("wait for other guests that boot: %w", err)
+		}
+		return nil
+	})
+}
+
+// whileBooting has a guest count as one that boots until it is its pod, or will not be. It is nil if none was started.
+func (rt *Runtime) whileBooting(g *guest) {
+	if g == nil {
+		rt.boots.Release(1)
+		return
+	}
+	g.owned.Go(func() {
+		defer rt.boots.Release(1)
+		_, _ = g.session(g.ctx)
+	})
 }
 
 // Close ends the supervision. The VM goes on.
@@ -103,14 +137,18 @@ func (g *guest) Close() error {
 	return errors.Join(errs...)
 }
 
-// supervise keeps a session with the agent until the VM ends or the daemon does.
-func (g *guest) supervise(ctx context.Context) {
+// supervise keeps a session with the agent until the VM ends or the daemon does; session is the context in which the first one begins.
+func (g *guest) supervise(ctx, session context.Context) {
 	defer close(g.done)
 	deadline := time.Now().Add(bootTimeout)
 	for {
-		client, err := g.connect(ctx, deadline)
+		client, err := g.connect(session, deadline)
 		if errdefs.IsUnavailable(err) && time.Now().Before(deadline) && !g.ends(ctx) && ctx.Err() == nil {
 			g.log.Debug("the session with the agent was lost as it began", "error", err)
+			continue
+		}
+		if err != nil && !time.Now().Before(deadline) && g.stopped(ctx) {
+			deadline = time.Now().Add(bootTimeout)
 			continue
 		}
 		if err != nil {
@@ -119,6 +157,7 @@ func (g *guest) supervise(ctx context.Context) {
 		}
 		g.countBoot(nil)
 		g.publish(client, nil)
+		session = ctx
 		select {
 		case <-client.Done():
 		case <-ctx.Done():
@@ -131,15 +170,25 @@ func (g *guest) supervise(ctx context.Context) {
 	}
 }
 
+// stopped tells whether the guest does not answer because somebody has stopped it, and it waits to be let go on.
+func (g *guest) stopped(ctx context.Context) bool {
+	return !g.ends(ctx) && ctx.Err() == nil && slices.Contains([]string{statePaused, stateSaved}, g.state(ctx))
+}
+
 // connect begins a session and makes the guest this pod. It fails when the VM ends first.
 func (g *guest) connect(ctx context.Context, deadline time.Time) (*agent.Client, error) {
 	ctx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
-	client, err := agent.Dial(ctx, g.vm.AgentSocket())
+	client, err := g.first, error(nil)
+	if g.first = nil; client == nil {
+		dial, answered := trace.Start(ctx, "agent's first answer")
+		client, err = agent.Dial(dial, g.vm.AgentSocket())
+		answered(err)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("the guest's agent does not answer: %w", err)
 	}
-	if err := g.configure(ctx, client); err != nil {
+	if err := trace.Do(ctx, "configure sandbox", func(ctx context.Context) error { return g.configure(ctx, client) }); err != nil {
 		return nil, errors.Join(fmt.Errorf("configure the guest: %w", err), client.Close())
 	}
 	return client, nil
@@ -158,7 +207,7 @@ func (g *guest) configure(ctx context.Context, client *agent.Client) error {
 		if err := g.pod.applyCPUQuota(); err != nil {
 			g.log.Warn("bounding the guest's CPU time", "error", err)
 		}
-		return nil
+		return g.growFirst(ctx, client)
 	}
 	req, err := g.pod.sandboxRequest()
 	if err != nil {
@@ -173,26 +222,36 @@ func (g *guest) configure(ctx context.Context, client *agent.Client) error {
 	if _, err := client.ConfigureSandbox(ctx, req); err != nil {
 		return err
 	}
+	if err := g.reachSize(ctx, client); err != nil {
+		return err
+	}
 	return g.pod.applyCPUQuota()
 }
 
 // endOf records why no session is to be had any more. A VM whose agent stays silent is killed: nothing
 // could be told or asked of it.
 func (g *guest) endOf(ctx context.Context, err error) {
+	level := slog.LevelWarn
 	if !g.ends(ctx) {
 		if ctx.Err() != nil {
 			return // closed; the VM goes on
 		}
+		g.judgeTemplate() // as long as it has not been told to end
 		kill, cancel := context.WithTimeout(context.WithoutCancel(ctx), plugTimeout)
 		defer cancel()
 		g.countSilence()
 		err = errors.Join(err, g.vm.Kill(kill))
-	} else if err = g.end(); err == nil {
-		err = errors.New("QEMU was told to quit")
+	} else {
+		g.judgeTemplate()
+		if g.told.Load() {
+			level = slog.LevelInfo
+		}
+		if err = g.end(); err == nil {
+			err = errors.New("QEMU was told to quit")
+		}
 	}
-	g.judgeTemplate()
 	g.countBoot(err)
-	g.log.Warn("the guest ended", "error", err)
+	g.log.Log(ctx, level, "the guest ended", "error", err)
 	g.publish(nil, err)
 }
 
@@ -218,14 +277,19 @@ func (p *pod) explainEnd(err error) error {
 	return err
 }
 
-// judgeTemplate gives up the template of a guest that ends without having answered, unless it was told to end.
+// judgeTemplate gives up the template of a guest that ends without having answered, unless it was told to end; that a guest begins
+// with another size than its pod's, if it did not grow. A template whose copy answered while it waited for its pod is good.
 func (g *guest) judgeTemplate() {
-	key := g.pod.rec.Status().Guest.Template
+	record := g.pod.rec.Status().Guest
+	key := record.Template
 	g.mu.Lock()
 	g.badCopy = key != "" && !g.answered && !g.began.IsZero() && !g.told.Load()
 	bad := g.badCopy
 	g.mu.Unlock()
-	if bad {
+	switch {
+	case bad && g.ungrown.Load():
+		g.pod.rt.templates.stopGrowing()
+	case bad && !record.Spare:
 		g.pod.rt.templates.drop(key)
 	}
 }
@@ -314,8 +378,8 @@ func (g *guest) failed() error {
 	return g.failure
 }
 
-// plugDisk makes an image's EROFS file a disk of the guest, once.
-func (g *guest) plugDisk(ctx context.Context, d imageDisk) error {
+// plugDisk makes an image's EROFS file or a block volume a disk of the guest, once.
+func (g *guest) plugDisk(ctx context.Context, d qemu.Disk) error {
 	g.plug.Lock()
 	defer g.plug.Unlock()
 	if slices.Contains(g.pod.rec.Status().Guest.Disks, d.Serial) {
@@ -323,9 +387,11 @@ func (g *guest) plugDisk(ctx context.Context, d imageDisk) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, plugTimeout)
 	defer cancel()
-	err := g.vm.AddDisk(ctx, qemu.Disk{Serial: d.Serial, Path: d.Path, Format: "raw", ReadOnly: true})
+	err := trace.Do(ctx, "plug disk", func(ctx context.Context) error {
+		return g.vm.AddDisk(ctx, d)
+	})
 	if err != nil && !errdefs.IsAlreadyExists(err) {
-		return fmt.Errorf("plug image disk %s: %w", d.Serial, err)
+		return err
 	}
 	return g.pod.update(func(s *podStatus) error {
 		s.Guest.Disks = append(s.Guest.Disks, d.Serial)

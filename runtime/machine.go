@@ -2,8 +2,6 @@ package runtime
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
@@ -11,7 +9,6 @@ import (
 	"slices"
 
 	"github.com/containerd/errdefs"
-	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/vmruntime/vmruntime/image"
@@ -33,28 +30,6 @@ type machineSpec struct {
 	HugePageBytes int64 `json:"hugePageBytes,omitempty"`
 }
 
-// blockVolume is a block device of the node that the machine has as a disk.
-type blockVolume struct {
-	HostPath string `json:"hostPath"`
-	// Path is the volume's devicePath; / is the root disk.
-	Path     string `json:"path"`
-	Serial   string `json:"serial"`
-	ReadOnly bool   `json:"readOnly,omitempty"`
-}
-
-const rootPath = "/"
-
-func (v blockVolume) isRoot() bool { return v.Path == rootPath }
-
-// device is the path of the block device itself: the kubelet gives a symbolic link to it, which QEMU's launcher would not follow.
-func (v blockVolume) device() (string, error) {
-	path, err := filepath.EvalSymlinks(v.HostPath)
-	if err != nil {
-		return "", fmt.Errorf("block volume at %s: %w", v.Path, err)
-	}
-	return path, nil
-}
-
 // rootVolume is the block volume that the machine boots from, if any.
 func (m *machineSpec) rootVolume() *blockVolume {
 	for i := range m.Volumes {
@@ -63,12 +38,6 @@ func (m *machineSpec) rootVolume() *blockVolume {
 		}
 	}
 	return nil
-}
-
-// volumeSerial is how a guest finds a block volume: it follows from the devicePath, so it stays over restarts.
-func volumeSerial(path string) string {
-	sum := sha256.Sum256([]byte(path))
-	return "vol-" + hex.EncodeToString(sum[:8])
 }
 
 // annotations are what the pod asks of its machine. They were checked when the sandbox was made.
@@ -118,32 +87,6 @@ func (m *machineSpec) decideRoot(disk *image.Disk, asked *annotation.Machine) er
 	return nil
 }
 
-// blockVolumes are the container's devices that are block devices of the node.
-func blockVolumes(cfg *runtimeapi.ContainerConfig) ([]blockVolume, error) {
-	var out []blockVolume
-	var errs []error
-	seen := make(map[string]bool)
-	for i, d := range cfg.GetDevices() {
-		var st unix.Stat_t
-		if err := unix.Stat(d.GetHostPath(), &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFBLK {
-			continue // not a volume; what else may be a device is checked by the form
-		}
-		v := blockVolume{HostPath: d.GetHostPath(), Path: filepath.Clean(d.GetContainerPath()), ReadOnly: d.GetPermissions() == "r"}
-		v.Serial = volumeSerial(v.Path)
-		switch {
-		case !filepath.IsAbs(v.Path):
-			errs = append(errs, fmt.Errorf("devices[%d].container_path %q must begin with /: %w", i, d.GetContainerPath(), errdefs.ErrInvalidArgument))
-		case seen[v.Path]:
-			errs = append(errs, fmt.Errorf("devices[%d].container_path %q is used twice: %w", i, v.Path, errdefs.ErrInvalidArgument))
-		case v.isRoot() && v.ReadOnly:
-			errs = append(errs, fmt.Errorf("devices[%d].permissions %q: the root disk has to be writable: %w", i, d.GetPermissions(), errdefs.ErrInvalidArgument))
-		}
-		seen[v.Path] = true
-		out = append(out, v)
-	}
-	return out, errors.Join(errs...)
-}
-
 // onlyVolumes refuses devices of the node that are no block devices.
 func onlyVolumes(cfg *runtimeapi.ContainerConfig, volumes []blockVolume) error {
 	var errs []error
@@ -182,8 +125,8 @@ func (m *machineSpec) size(vm VMConfig, sandbox *runtimeapi.PodSandboxConfig, cf
 // machineFiles are the files of a machine, which live as long as its container.
 type machineFiles struct {
 	dir string
-	// there says that the files are those of a snapshot, and only to be used.
-	there bool
+	// there says that disk and variables are those of a snapshot, and only to be used; seeded says so of the seed.
+	there, seeded bool
 }
 
 func (f machineFiles) root() string     { return filepath.Join(f.dir, image.RootName) }

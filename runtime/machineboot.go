@@ -63,6 +63,7 @@ func (c *container) startMachine(ctx context.Context) error {
 		return errors.Join(err, p.endGuest(end, g))
 	}
 	c.rt.containerEvent(c, runtimeapi.ContainerEventType_CONTAINER_STARTED_EVENT)
+	c.awaitOutput(ctx)
 	c.watchMachine(g)
 	return nil
 }
@@ -243,7 +244,7 @@ func (c *container) makeSeed(ctx context.Context, asked *annotation.Machine, fil
 	if asked.Datasource == "none" {
 		return nil
 	}
-	if files.there {
+	if files.seeded {
 		return files.addSeed(asked, m)
 	}
 	in, err := c.seedInput(asked)
@@ -396,7 +397,8 @@ func (c *container) startBeside(ctx context.Context, asked *annotation.Machine, 
 		return err
 	}
 	if asked.TPM {
-		if err := os.Mkdir(files.tpm(), 0o700); err != nil {
+		// That of a snapshot is in what QEMU saved of its devices.
+		if err := errors.Join(os.RemoveAll(files.tpm()), os.Mkdir(files.tpm(), 0o700)); err != nil {
 			return err
 		}
 		uid := p.rec.Spec().UID

@@ -39,8 +39,8 @@ func (g *guest) clone(ctx context.Context, path string) (frozen bool, err error)
 	if err := image.WriteEmpty(f, spec.RootSize); err != nil {
 		return false, err
 	}
-	frozen = g.freezeDisks(ctx)
-	if err := g.vm.CopyDisk(ctx, rootSerial, f, "qcow2", g.unfreeze); err != nil {
+	freeze := func() { frozen = g.freezeDisks(ctx) }
+	if err := g.vm.CopyDisk(ctx, rootSerial, f, "qcow2", freeze, g.unfreeze); err != nil {
 		return false, err
 	}
 	return frozen, publishFile("file", f, path)

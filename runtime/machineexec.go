@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"strconv"
+	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -24,8 +25,10 @@ import (
 const (
 	// machineProcesses is the container ID under which our agent in a machine runs commands.
 	machineProcesses = "machine"
-	// sshTimeout bounds the wait for the guest's SSH server.
+	// sshTimeout bounds the wait for the guest's SSH server, and that of a command for whoever runs it.
 	sshTimeout = 20 * time.Second
+	// agentShare is the part of that time which qemu-guest-agent has before SSH is tried.
+	agentShare = 3
 )
 
 // noExec says how a guest comes to run commands.
@@ -47,19 +50,17 @@ func (c *container) machineExec(ctx context.Context, cmd []string, streams execI
 	if g.agentNow() != nil {
 		return g.agentExec(ctx, cmd, streams)
 	}
+	begin, cancelBegin := context.WithTimeout(ctx, sshTimeout)
+	defer cancelBegin()
 	var errs []error
 	if streams.stdin == nil && !streams.tty {
-		ga, err := g.guestAgent(ctx)
-		if err == nil {
-			var code int32
-			code, err = ga.Exec(ctx, qga.Command{Args: cmd, Stdout: streams.stdout, Stderr: streams.stderr})
-			if !errdefs.IsNotImplemented(err) {
-				return code, err
-			}
+		code, err := g.guestAgentExec(ctx, shareOf(begin), qga.Command{Args: cmd, Stdout: streams.stdout, Stderr: streams.stderr})
+		if !errors.Is(err, qga.ErrNotBegun) {
+			return code, err
 		}
 		errs = append(errs, err)
 	}
-	client, err := c.pod.ssh(ctx)
+	client, err := c.pod.ssh(begin)
 	if err != nil {
 		return 0, fmt.Errorf("%s: %w: %w", noExec, errors.Join(append(errs, err)...), errdefs.ErrUnavailable)
 	}
@@ -67,6 +68,24 @@ func (c *container) machineExec(ctx context.Context, cmd []string, streams execI
 	return client.Exec(ctx, sshexec.Command{
 		Args: cmd, TTY: streams.tty, Stdin: streams.stdin, Stdout: streams.stdout, Stderr: streams.stderr, Resize: sizes(ctx, streams.resize),
 	})
+}
+
+// shareOf is when SSH is tried.
+func shareOf(begin context.Context) time.Time {
+	deadline, _ := begin.Deadline() // it has one
+	return time.Now().Add(time.Until(deadline) / agentShare)
+}
+
+// guestAgentExec runs a command by qemu-guest-agent, if that takes it in time; else it is qga.ErrNotBegun.
+func (g *guest) guestAgentExec(ctx context.Context, by time.Time, cmd qga.Command) (int32, error) {
+	begin, cancel := context.WithDeadline(ctx, by)
+	defer cancel()
+	ga, err := g.guestAgent(begin)
+	if err != nil {
+		return 0, fmt.Errorf("%w: %w", qga.ErrNotBegun, err)
+	}
+	cmd.BeginBy = by
+	return ga.Exec(ctx, cmd)
 }
 
 // sizes passes a terminal's sizes on until there are no more.
@@ -196,19 +215,16 @@ func (c *container) attachConsole(ctx context.Context, in io.Reader, out io.Writ
 	if err != nil {
 		return err
 	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	recent, output, unsubscribe := c.output.subscribeRecent()
 	defer unsubscribe()
 	if in != nil {
-		if !g.machine.writer.TryLock() {
-			return fmt.Errorf("somebody else types on the console of container %s; attach without input to watch: %w", c.id, errdefs.ErrFailedPrecondition)
-		}
-		defer g.machine.writer.Unlock()
-		console, err := g.openConsole()
+		stop, err := c.typeOn(g, in, cancel)
 		if err != nil {
 			return err
 		}
-		defer func() { _ = console.Close() }()
-		c.rt.owned.Go(func() { _, _ = io.Copy(console, in) }) // ends with the connection, which is closed after the return
+		defer stop()
 	}
 	if last := lastLines(recent, replay); out != nil && len(last) > 0 {
 		if _, err := out.Write(last); err != nil {
@@ -223,7 +239,7 @@ func (c *container) attachConsole(ctx context.Context, in io.Reader, out io.Writ
 			return nil
 		case ch, ok := <-output:
 			if !ok {
-				return nil
+				return c.lagged()
 			}
 			if out == nil {
 				continue
@@ -233,6 +249,30 @@ func (c *container) attachConsole(ctx context.Context, in io.Reader, out io.Writ
 			}
 		}
 	}
+}
+
+// typeOn gives the machine's console what a client types. At the end of that, or by stop, another one may type. broken is called when
+// the client's connection or the console breaks: a machine that was restored has another one.
+func (c *container) typeOn(g *guest, in io.Reader, broken func()) (stop func(), err error) {
+	if !g.machine.writer.TryLock() {
+		return nil, fmt.Errorf("somebody else types on the console of container %s; attach without input to watch: %w", c.id, errdefs.ErrFailedPrecondition)
+	}
+	console, err := g.openConsole()
+	if err != nil {
+		g.machine.writer.Unlock()
+		return nil, err
+	}
+	stop = sync.OnceFunc(func() {
+		_ = console.Close()
+		g.machine.writer.Unlock()
+	})
+	c.rt.owned.Go(func() { // ends with the connection, which is closed when the client is served no more
+		defer stop()
+		if _, err := io.Copy(console, in); err != nil {
+			broken()
+		}
+	})
+	return stop, nil
 }
 
 // openConsole opens what the machine's serial console reads.

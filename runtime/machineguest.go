@@ -439,6 +439,9 @@ func (rt *Runtime) recoverMachine(ctx context.Context, p *pod, g *guest, r guest
 		p.log.Error("answering the machine's DHCP", "error", err)
 	}
 	if c.rec.Status().StartedAt.IsZero() {
+		if waits, err := c.waitsForStart(ctx, g); waits || err != nil {
+			return err
+		}
 		// Caught between QEMU's start and its record.
 		if err := c.rec.Update(func(s *containerStatus) error {
 			s.Boot, s.StartedAt = g.boot, time.Now()
@@ -451,6 +454,7 @@ func (rt *Runtime) recoverMachine(ctx context.Context, p *pod, g *guest, r guest
 		c.log.Error("taking up the log of a machine", "error", err) // it must be followed all the same
 	}
 	c.watchMachine(g)
+	g.owned.Go(g.tell)
 	return nil
 }
 

@@ -16,12 +16,13 @@ import (
 	"github.com/vmruntime/vmruntime/runtime/archive"
 )
 
-// checkpointMachine is what the snapshot of a machine tells of it. It is restored in the same sandbox, so that addresses and keys are
-// what the guest knows.
+// checkpointMachine is what the snapshot of a machine tells of it.
 type checkpointMachine struct {
 	PodID   string      `json:"podID"`
 	ImageID string      `json:"imageID"`
 	Spec    machineSpec `json:"spec"`
+	// Unmovable is why the guest cannot be told that it is another pod, so that it can be restored in its own sandbox only.
+	Unmovable string `json:"unmovable,omitempty"`
 	// Files are those of the machine that are streams of the snapshot.
 	Files []checkpointFile `json:"files"`
 }
@@ -42,8 +43,8 @@ func (c *container) checkMachine() error {
 	if err != nil {
 		return err
 	}
-	if asked.TPM {
-		return fmt.Errorf("the machine has a TPM, whose state is kept outside of the VM; it cannot be saved: %w", errdefs.ErrFailedPrecondition)
+	if c.pod.rec.Status().Held != nil {
+		return fmt.Errorf("the machine was restored and does not know its addresses yet; it cannot be saved until it does: %w", errdefs.ErrFailedPrecondition)
 	}
 	if len(c.rec.Spec().Mounts) > 0 || asked.GuestAgentInstall {
 		return fmt.Errorf("the machine has volumes that are shared with the node by virtiofs, which holds state outside of the VM; it cannot be saved: %w", errdefs.ErrFailedPrecondition)
@@ -56,8 +57,12 @@ func (c *container) checkMachine() error {
 	return nil
 }
 
-func (c *container) describeMachine() *checkpointMachine {
-	return &checkpointMachine{PodID: c.pod.id, ImageID: c.rec.Spec().ImageID, Spec: *c.rec.Spec().Machine}
+func (c *container) describeMachine(ctx context.Context, g *guest) *checkpointMachine {
+	m := &checkpointMachine{PodID: c.pod.id, ImageID: c.rec.Spec().ImageID, Spec: *c.rec.Spec().Machine}
+	if err := g.canBeTold(ctx); err != nil {
+		m.Unmovable = err.Error()
+	}
+	return m
 }
 
 // captureMachine stops the machine, and writes its memory, and then its disk, to which QEMU has written all by then. It leaves both as
@@ -120,7 +125,7 @@ func (c *container) restoreMachine(ctx context.Context, m *checkpointManifest, r
 		return err
 	}
 	defer dir.Close()
-	if err := m.Machine.unpack(dir, r); err != nil {
+	if err := m.Machine.unpack(dir, r, machineFiles{}.saved()); err != nil {
 		return errors.Join(err, dropUnpacked(dir))
 	}
 	if !g.machine.decided.CompareAndSwap(false, true) {
@@ -165,11 +170,14 @@ func (c *container) fitsMachine(m *checkpointManifest) error {
 // unpacked is the name of a file until it takes its place.
 func unpacked(name string) string { return name + ".restored" }
 
-// unpack writes the snapshot's files beside those that are in use.
-func (m *checkpointMachine) unpack(dir *os.Root, r *archive.Reader) error {
+// unpack writes those of the snapshot's files that are wanted beside those that are in use.
+func (m *checkpointMachine) unpack(dir *os.Root, r *archive.Reader, wanted []string) error {
 	for _, file := range m.Files {
 		if !slices.Contains(machineFiles{}.saved(), file.Name) {
 			return fmt.Errorf("directory: a machine has no file %q: %w", file.Name, errdefs.ErrInvalidArgument)
+		}
+		if !slices.Contains(wanted, file.Name) {
+			continue
 		}
 		f, err := dir.OpenFile(unpacked(file.Name), os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
 		if err != nil {
@@ -178,6 +186,19 @@ func (m *checkpointMachine) unpack(dir *os.Root, r *archive.Reader) error {
 		err = r.Stream(file.Name, func(from io.Reader) error { return archive.ReadSparse(f, from, file.Size) })
 		if err := errors.Join(err, f.Close()); err != nil {
 			return fmt.Errorf("unpack %s: %w", file.Name, err)
+		}
+	}
+	return nil
+}
+
+// place puts what unpack has written where it is used.
+func (m *checkpointMachine) place(dir *os.Root, wanted []string) error {
+	for _, file := range m.Files {
+		if !slices.Contains(wanted, file.Name) {
+			continue
+		}
+		if err := dir.Rename(unpacked(file.Name), file.Name); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -204,12 +225,10 @@ func (c *container) replaceMachine(ctx context.Context, g *guest, m *checkpointM
 	if err := p.endGuest(ctx, g); err != nil {
 		return errors.Join(err, dropUnpacked(dir))
 	}
-	for _, file := range m.Machine.Files {
-		if err := dir.Rename(unpacked(file.Name), file.Name); err != nil {
-			return err
-		}
+	if err := m.Machine.place(dir, machineFiles{}.saved()); err != nil {
+		return err
 	}
-	next, err := c.bootSaved(ctx, machineFiles{dir: dir.Name(), there: true}, r)
+	next, err := c.bootSaved(ctx, machineFiles{dir: dir.Name(), there: true, seeded: true}, r)
 	if err != nil {
 		return errors.Join(err, p.endGuest(ctx, next))
 	}
@@ -218,8 +237,8 @@ func (c *container) replaceMachine(ctx context.Context, g *guest, m *checkpointM
 	return nil
 }
 
-// bootSaved starts QEMU with the snapshot's memory, and lets it go on. On error it may return a guest that is to be ended.
-func (c *container) bootSaved(ctx context.Context, files machineFiles, r *archive.Reader) (g *guest, err error) {
+// loadSaved starts QEMU with the snapshot's memory. On error it may return a guest that is to be ended.
+func (c *container) loadSaved(ctx context.Context, files machineFiles, r *archive.Reader) (g *guest, err error) {
 	p := c.pod
 	err = r.Stream(memoryStream, func(state io.Reader) error {
 		p.incoming.Store(&incoming{state: state})
@@ -227,13 +246,24 @@ func (c *container) bootSaved(ctx context.Context, files machineFiles, r *archiv
 		g, err = c.bootMachine(ctx, files)
 		return err
 	})
-	if err != nil {
-		return g, err
+	return g, err
+}
+
+// bootSaved is loadSaved, and lets the guest go on, which a daemon that is killed meanwhile leaves to the next one.
+func (c *container) bootSaved(ctx context.Context, files machineFiles, r *archive.Reader) (*guest, error) {
+	p := c.pod
+	boot := p.rec.Status().Guest.Boot + 1
+	if err := errors.Join(
+		c.rec.Update(func(s *containerStatus) error { s.Boot = boot; return nil }),
+		p.update(func(s *podStatus) error { s.Capturing = true; return nil }),
+	); err != nil {
+		return nil, err
 	}
-	if err := c.rec.Update(func(s *containerStatus) error { s.Boot = g.boot; return nil }); err != nil {
-		return g, err
+	g, err := c.loadSaved(ctx, files, r)
+	if err == nil {
+		err = g.vm.Resume(ctx)
 	}
-	return g, g.vm.Resume(ctx)
+	return g, errors.Join(err, p.update(func(s *podStatus) error { s.Capturing = false; return nil }))
 }
 
 // setClock tells a guest that was restored what time it is, if it runs who can be told.

@@ -56,7 +56,7 @@ func TestUnpackMachine(t *testing.T) {
 	defer root.Close()
 	for _, bad := range []checkpointFile{{Name: "../vars.fd"}, {Name: "tpm"}, {Name: ""}, {Name: "vars.fd", Size: 3}} {
 		m := &checkpointMachine{Files: []checkpointFile{bad}}
-		if err := m.unpack(root, saved(t, "vars.fd", "saved")); !errdefs.IsInvalidArgument(err) {
+		if err := m.unpack(root, saved(t, "vars.fd", "saved"), machineFiles{}.saved()); !errdefs.IsInvalidArgument(err) {
 			t.Errorf("unpacked %+v with %v", bad, err)
 		}
 		if err := dropUnpacked(root); err != nil {
@@ -64,7 +64,7 @@ func TestUnpackMachine(t *testing.T) {
 		}
 	}
 	m := &checkpointMachine{Files: []checkpointFile{{Name: "vars.fd", Size: 5}}}
-	if err := m.unpack(root, saved(t, "vars.fd", "saved")); err != nil {
+	if err := m.unpack(root, saved(t, "vars.fd", "saved"), machineFiles{}.saved()); err != nil {
 		t.Fatal(err)
 	}
 	for name, want := range map[string]string{"vars.fd": "in use", unpacked("vars.fd"): "saved"} {

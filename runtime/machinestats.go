@@ -11,9 +11,25 @@ import (
 	"github.com/vmruntime/vmruntime/runtime/cgroup"
 )
 
+// askMachine asks QEMU for what the balloon driver tells, and for what the disks have done.
+func (g *guest) askMachine(ctx context.Context, all bool) (qemu.MemoryStats, map[string]qemu.DiskStats) {
+	memory, err := g.vm.MemoryStats(ctx)
+	if err != nil {
+		g.log.Debug("asking for the guest's memory", "error", err)
+	}
+	if !all {
+		return memory, nil
+	}
+	disks, err := g.vm.DiskStats(ctx)
+	if err != nil {
+		g.log.Debug("asking for the disks' counters", "error", err)
+	}
+	return memory, disks
+}
+
 // machineStats are a machine's numbers: processor time as the node spends it, memory as the guest's balloon driver
 // tells it, or else as the node spends it, and what its disks have taken beyond the image.
-func (c *container) machineStats(ctx context.Context, out *runtimeapi.ContainerStats) {
+func (c *container) machineStats(guest qemu.MemoryStats, out *runtimeapi.ContainerStats) {
 	g := c.machineGuest()
 	if g == nil || !g.alive() {
 		return
@@ -28,12 +44,6 @@ func (c *container) machineStats(ctx context.Context, out *runtimeapi.ContainerS
 		Timestamp:            now.UnixNano(),
 		UsageCoreNanoSeconds: value(host.CPUUsageNano),
 		UsageNanoCores:       value(c.cpu.nanoCores(host.CPUUsageNano, now)),
-	}
-	ctx, cancel := context.WithTimeout(ctx, statsTimeout)
-	defer cancel()
-	guest, err := g.vm.MemoryStats(ctx)
-	if err != nil {
-		c.log.Debug("asking for the guest's memory", "error", err)
 	}
 	out.Memory = machineMemory(guest, host, now)
 	if usage, err := c.rt.images.MachineUsage(c.id); err == nil {

@@ -2,6 +2,7 @@ package runtime
 
 import (
 	"errors"
+	"strconv"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -16,23 +17,38 @@ const (
 	kindMachine    = "machine"
 )
 
+// What guests of ours begin from.
+const (
+	fromBoot       = "boot"
+	fromTemplate   = "template"
+	fromSpare      = "spare"
+	fromCheckpoint = "checkpoint"
+)
+
 // vmMetrics count what happens to guests. See docs/metrics.md.
 type vmMetrics struct {
 	pods     *prometheus.Desc
+	spares   *prometheus.Desc
 	boots    *prometheus.HistogramVec
+	starts   *prometheus.CounterVec
 	restarts *prometheus.CounterVec
 	failures *prometheus.CounterVec
 }
 
 func newVMMetrics() vmMetrics {
 	m := vmMetrics{
-		pods: prometheus.NewDesc("vmruntime_vm_pods", "VM pods, by state.", []string{"state"}, nil),
+		pods:   prometheus.NewDesc("vmruntime_vm_pods", "VM pods, by state.", []string{"state"}, nil),
+		spares: prometheus.NewDesc("vmruntime_spare_guests", "Guests that wait for a pod.", nil, nil),
 		boots: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name: "vmruntime_guest_boot_duration_seconds",
 			Help: "From the start of QEMU until the guest is its pod (kind containers) or QEMU runs the disk (kind machine), by kind and result.",
 			// From a template's resumption to an emulated boot on a loaded node.
 			Buckets: []float64{.05, .1, .2, .3, .5, .75, 1, 1.5, 2, 3, 5, 7.5, 10, 20, 60, 120},
 		}, []string{"kind", "result"}),
+		starts: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "vmruntime_guest_starts_total",
+			Help: "Guests of containers that came to be their pods, by what they began from (boot, template, spare or checkpoint) and whether they had to be grown.",
+		}, []string{"from", "grown"}),
 		restarts: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "vmruntime_guest_restarts_total",
 			Help: "QEMUs started in a sandbox whose last guest of the same kind had ended.",
@@ -43,6 +59,12 @@ func newVMMetrics() vmMetrics {
 		}, []string{"kind", "reason"}),
 	}
 	// A counter that is there from the beginning tells its first increase too.
+	for _, from := range []string{fromBoot, fromTemplate, fromSpare, fromCheckpoint} {
+		m.starts.WithLabelValues(from, "false")
+	}
+	for _, from := range []string{fromTemplate, fromSpare} {
+		m.starts.WithLabelValues(from, "true")
+	}
 	for _, kind := range []string{kindContainers, kindMachine} {
 		m.restarts.WithLabelValues(kind)
 		for _, reason := range []string{"guest", "silent", "vm"} {
@@ -85,8 +107,25 @@ func (m vmMetrics) restarted(last guestRecord, parts *machineParts) {
 func (g *guest) countBoot(err error) {
 	if !g.began.IsZero() && !g.told.Load() {
 		g.pod.rt.metrics.booted(kindContainers, g.began, err)
+		if err == nil {
+			g.pod.rt.metrics.starts.WithLabelValues(g.from(), strconv.FormatBool(g.pod.rec.Status().Guest.GrownFrom != nil)).Inc()
+		}
 	}
 	g.began = time.Time{}
+}
+
+// from is what the guest began from, as long as it is not known to others.
+func (g *guest) from() string {
+	r := g.pod.rec.Status().Guest
+	switch {
+	case g.pod.incoming.Load() != nil:
+		return fromCheckpoint
+	case r.Spare:
+		return fromSpare
+	case r.Template != "":
+		return fromTemplate
+	}
+	return fromBoot
 }
 
 // countSilence counts a guest that is killed because its agent does not answer.
@@ -111,7 +150,9 @@ func (g *guest) countEnd() {
 // Describe names the runtime's metrics, as a prometheus.Collector.
 func (rt *Runtime) Describe(ch chan<- *prometheus.Desc) {
 	ch <- rt.metrics.pods
+	ch <- rt.metrics.spares
 	rt.metrics.boots.Describe(ch)
+	rt.metrics.starts.Describe(ch)
 	rt.metrics.restarts.Describe(ch)
 	rt.metrics.failures.Describe(ch)
 }
@@ -125,7 +166,9 @@ func (rt *Runtime) Collect(ch chan<- prometheus.Metric) {
 	for state, n := range states {
 		ch <- prometheus.MustNewConstMetric(rt.metrics.pods, prometheus.GaugeValue, float64(n), state)
 	}
+	ch <- prometheus.MustNewConstMetric(rt.metrics.spares, prometheus.GaugeValue, float64(rt.spares.count()))
 	rt.metrics.boots.Collect(ch)
+	rt.metrics.starts.Collect(ch)
 	rt.metrics.restarts.Collect(ch)
 	rt.metrics.failures.Collect(ch)
 }

@@ -33,6 +33,7 @@ func buildOCI(p *pod, id string, img *image.Image, spec *containerSpec) (err err
 		ImageName:      spec.ImageName,
 		RootFS:         rootFS,
 		Hostname:       p.hostname(),
+		BlockVolumes:   hostPaths(spec.BlockVolumes),
 		SeccompProfile: seccomp,
 	}
 	for _, m := range spec.Mounts {

@@ -23,6 +23,7 @@ import (
 	"github.com/vmruntime/vmruntime/runtime/cgroup"
 	"github.com/vmruntime/vmruntime/runtime/ocispec"
 	"github.com/vmruntime/vmruntime/runtime/state"
+	"github.com/vmruntime/vmruntime/trace"
 )
 
 // pod is a sandbox while the daemon runs: its record and, when there is one, its guest.
@@ -82,7 +83,18 @@ func (p *pod) state() runtimeapi.PodSandboxState {
 	return runtimeapi.PodSandboxState_SANDBOX_READY
 }
 
-func (p *pod) runDir() string { return filepath.Join(p.rt.cfg.Server.State, "pods", p.id) }
+// tag says in the call's span which pod it is about.
+func (p *pod) tag(ctx context.Context) {
+	meta := p.config().GetMetadata()
+	trace.Tag(ctx, "k8s.pod.name", meta.GetName())
+	trace.Tag(ctx, "k8s.pod.uid", meta.GetUid())
+	trace.Tag(ctx, "k8s.namespace.name", meta.GetNamespace())
+	trace.Tag(ctx, "vmruntime.sandbox.id", p.id)
+}
+
+func (p *pod) runDir() string { return p.rt.runDir(p.id) }
+
+func (rt *Runtime) runDir(id string) string { return filepath.Join(rt.cfg.Server.State, "pods", id) }
 
 func (p *pod) cgroup() cgroup.Group {
 	return cgroup.For(p.config().GetLinux().GetCgroupParent(), p.id)
@@ -103,13 +115,21 @@ func (p *pod) setGuest(g *guest) {
 // prepare gives the sandbox its network and its scratch disk. The caller holds life.
 func (p *pod) prepare(ctx context.Context) error {
 	work, ctx := errgroup.WithContext(ctx)
-	work.Go(func() error { return p.setupNetwork(ctx) })
-	work.Go(func() error { return p.makeScratch(ctx) })
+	work.Go(func() error { return p.setupNetwork(ctx, false) })
+	work.Go(func() error { return trace.Do(ctx, "scratch disk", p.makeScratch) })
 	return work.Wait()
 }
 
-func (p *pod) setupNetwork(ctx context.Context) error {
-	att, err := p.rt.net.Setup(ctx, p.networkRequest())
+// setupNetwork makes the pod's network, in a namespace that is there already if it is prepared.
+func (p *pod) setupNetwork(ctx context.Context, prepared bool) error {
+	req := p.networkRequest()
+	req.Prepared = prepared
+	var att *network.Attachment
+	err := trace.Do(ctx, "network", func(ctx context.Context) (err error) {
+		att, err = p.rt.net.Setup(ctx, req)
+		return err
+	})
+	p.rt.spares.networked(err == nil)
 	if err != nil {
 		return fmt.Errorf("set up the network: %w", err)
 	}
@@ -156,7 +176,11 @@ func (p *pod) networkRequest() network.Request {
 
 // boot starts a guest of ours in the sandbox, as a copy of a template if there is one; sharing says that it will get a shared
 // directory. The caller holds life.
-func (p *pod) boot(ctx context.Context, sharing bool) (*guest, error) {
+func (p *pod) boot(ctx context.Context, sharing bool) (g *guest, err error) {
+	if err := p.rt.mayBoot(ctx); err != nil {
+		return nil, err
+	}
+	defer func() { p.rt.whileBooting(g) }()
 	// Our guest is told its addresses by its agent. A machine before it may have left its guards.
 	if err := p.rt.net.Unguard(p.rec.Status().Network); err != nil {
 		return nil, err
@@ -164,35 +188,62 @@ func (p *pod) boot(ctx context.Context, sharing bool) (*guest, error) {
 	if err := p.makeRunDir(); err != nil {
 		return nil, err
 	}
-	machine, err := p.machine(ctx, p.rec.Status())
+	for _, begin := range p.rt.beginnings(p.rec.Spec(), p.size()) {
+		if g, err := p.bootTemplate(ctx, begin, sharing); g != nil || err != nil {
+			return g, err
+		}
+	}
+	machine, err := p.machine(ctx, p.size())
 	if err != nil {
 		return nil, err
-	}
-	if t := p.rt.templates.take(machine, p.config().GetMetadata().GetNamespace()); t != nil {
-		defer t.Close()
-		g, err := p.launch(ctx, t.clone(machine, p.rt.cfg.Template.Share, sharing), nil, t)
-		if err == nil {
-			return g, nil
-		}
-		p.log.Warn("no guest begins as this template; one boots instead", "template", t.key, "error", err)
-		p.rt.templates.drop(t.key)
 	}
 	return p.launch(ctx, machine, nil, nil)
 }
 
-// wantTemplate has one made for the next pods like this one, if its guest had to boot: now that a container runs, which tells that the pod
-// is none of a machine, and that the guest needs the node's processors no more.
-func (p *pod) wantTemplate(ctx context.Context) {
-	s := p.rec.Status()
-	if s.Guest.Template != "" {
-		return
-	}
-	machine, err := p.machine(ctx, s)
+// bootTemplate starts a guest of a size as a copy of a template; nil if there is none, or it is of no use. The caller holds life.
+func (p *pod) bootTemplate(ctx context.Context, begin vmSize, sharing bool) (*guest, error) {
+	machine, err := p.machine(ctx, begin)
 	if err != nil {
-		p.log.Debug("no template is made", "error", err)
-		return
+		return nil, err
 	}
-	p.rt.templates.want(machine, p.config().GetMetadata().GetNamespace())
+	t := p.rt.templates.take(machine, p.config().GetMetadata().GetNamespace())
+	if t == nil {
+		return nil, nil
+	}
+	defer t.Close()
+	g, err := p.launch(ctx, t.clone(machine, p.rt.cfg.Template.Share, sharing), nil, t)
+	switch {
+	case errors.Is(err, errNotPlugged):
+		p.log.Warn("the guest boots, as it cannot begin smaller and grow", "template", t.key, "error", err)
+		p.rt.templates.stopGrowing()
+		return nil, nil
+	case err != nil:
+		p.log.Warn("no guest begins as this template", "template", t.key, "error", err)
+		p.rt.templates.drop(t.key)
+		return nil, nil
+	}
+	return g, nil
+}
+
+// wantTemplate has templates made for the next pods like this one, of its size and of that from which it can grow, and a guest wait for
+// the next one: now that a container runs, which tells that the pod is none of a machine, and that the guest needs the node's processors no
+// more.
+func (p *pod) wantTemplate(ctx context.Context) {
+	guest, size := p.rec.Status().Guest, p.size()
+	for _, begin := range p.rt.beginnings(p.rec.Spec(), size) {
+		machine, err := p.machine(ctx, begin)
+		if err != nil {
+			p.log.Debug("no template is made", "error", err)
+			return
+		}
+		namespace := p.config().GetMetadata().GetNamespace()
+		key, _, ok := p.rt.templates.find(shape(machine), namespace)
+		began := ok && guest.Template == key
+		there := began || p.rt.templates.want(machine, namespace)
+		if there && begin == size {
+			p.rt.spares.want(shape(machine))
+		}
+	}
 }
 
 func (p *pod) makeRunDir() error { return os.MkdirAll(p.runDir(), 0o711) }
@@ -227,15 +278,15 @@ func (p *pod) launch(ctx context.Context, machine qemu.Machine, parts *machinePa
 		GID:      p.rec.Spec().UID,
 		Taps:     taps,
 		Place:    p.cgroup().Add,
-		State:    p.incomingState(),
 	}
+	p.incoming.Load().give(&spec)
 	from.give(&spec)
 	vm, err := qemu.Start(ctx, spec)
 	if err != nil {
 		return nil, fmt.Errorf("start QEMU: %w", err)
 	}
 	if from != nil {
-		if err := vm.Resume(ctx); err != nil {
+		if err := p.resume(ctx, vm, machine); err != nil {
 			return nil, errors.Join(fmt.Errorf("let the guest go on: %w", err), p.killVM(vm))
 		}
 	}
@@ -245,19 +296,34 @@ func (p *pod) launch(ctx context.Context, machine qemu.Machine, parts *machinePa
 	parts.record(&record)
 	if from != nil {
 		record.Template, record.PrivateMemory = from.key, machine.Memory == qemu.MemoryPrivate
+		p.growing(&record, sizeOf(machine))
 	}
 	if err := p.update(func(s *podStatus) error {
 		s.Guest = record
+		s.Capturing = s.Capturing && p.incoming.Load() != nil // else that was said of a guest before
 		return nil
 	}); err != nil {
 		return nil, errors.Join(err, p.killVM(vm))
 	}
-	g = newGuest(p, record.Boot, vm, parts, began)
+	g = newGuest(ctx, p, record.Boot, vm, parts, began, nil)
 	if share := parts.handOver(); share != nil {
 		g.followShare(share)
 	}
 	p.setGuest(g)
 	return g, nil
+}
+
+// errNotPlugged is a copy of a template, which is as good as before, that did not get the processors of its pod.
+var errNotPlugged = errors.New("plug the pod's processors")
+
+// resume lets a copy of a template go on, with the processors that it is to have: see plugAhead.
+func (p *pod) resume(ctx context.Context, vm *qemu.VM, m qemu.Machine) error {
+	if size := p.size(); size.VCPUs > m.VCPUs {
+		if err := vm.AddVCPUs(ctx, size.VCPUs); err != nil {
+			return fmt.Errorf("%w: %w", errNotPlugged, err)
+		}
+	}
+	return trace.Do(ctx, "resume", vm.Resume)
 }
 
 func (p *pod) killVM(vm *qemu.VM) error {
@@ -266,23 +332,36 @@ func (p *pod) killVM(vm *qemu.VM) error {
 	return errors.Join(vm.Kill(ctx), vm.Close())
 }
 
-// machine describes the pod's VM.
-func (p *pod) machine(ctx context.Context, s podStatus) (qemu.Machine, error) {
-	accel, err := p.rt.accel.verdict(ctx)
+// machine describes the pod's VM, which begins with a size.
+func (p *pod) machine(ctx context.Context, begin vmSize) (qemu.Machine, error) {
+	m, err := p.rt.containerVM(ctx, p.rec.Spec(), begin)
+	m.Name, m.Disks, m.NICs = vmName(p.id), scratchDisks(p.scratch), nics(p.rec.Status().Network)
+	return m, err
+}
+
+// containerVM is a container VM of such a size, without what is one pod's own.
+func (rt *Runtime) containerVM(ctx context.Context, spec podSpec, size vmSize) (qemu.Machine, error) {
+	accel, err := rt.accel.verdict(ctx)
 	if err != nil {
 		return qemu.Machine{}, err
 	}
-	m, size := p.rt.guestImage.machine(accel.Accel), p.size()
-	m.Name = "vmruntime-" + p.id[:16]
+	m := rt.guestImage.machine(accel.Accel)
 	m.VCPUs = size.VCPUs
-	m.MemoryBytes, m.HugeNodeBytes = size.MemoryBytes, p.rec.Spec().HugeBytes
-	giveRoom(&m, max(size.VCPUs, p.rec.Spec().MaxVCPUs), max(size.MemoryBytes, p.rec.Spec().MaxMemoryBytes))
-	m.Disks = []qemu.Disk{{Serial: scratchSerial, Path: p.scratch, Format: "raw"}}
-	m.NICs = nics(s.Network)
+	m.MemoryBytes, m.HugeNodeBytes = size.MemoryBytes, spec.HugeBytes
+	giveRoom(&m, max(size.VCPUs, spec.MaxVCPUs), max(size.MemoryBytes, spec.MaxMemoryBytes))
 	return m, nil
 }
 
-const scratchSerial = "scratch"
+func vmName(id string) string { return "vmruntime-" + id[:16] }
+
+func scratchDisks(path string) []qemu.Disk {
+	return []qemu.Disk{{Serial: scratchSerial, Path: path, Format: "raw"}}
+}
+
+const (
+	scratchSerial = "scratch"
+	shmSize       = 64 << 20 // of /dev/shm, as containerd has it
+)
 
 // runningGuest returns the guest, booting another where the last one has ended: the sandbox and its
 // network outlive a guest, so the kubelet restarts containers without a new sandbox. One that cannot get the shared directory that is
@@ -328,7 +407,7 @@ func (p *pod) endGuest(ctx context.Context, g *guest) error {
 		errs = append(errs, g.vm.Kill(ctx), g.Close())
 		p.setGuest(nil)
 	}
-	errs = append(errs, p.cgroup().Kill(ctx))
+	errs = append(errs, p.cgroup().Kill(ctx), p.rt.spareGroup(p.id).Kill(ctx), p.letNetworkGo())
 	return errors.Join(errs...)
 }
 
@@ -345,7 +424,7 @@ func (p *pod) sandboxRequest() (*agentpb.ConfigureSandboxRequest, error) {
 		Hosts:           p.hosts(s.Network),
 		Sysctls:         cfg.GetLinux().GetSysctls(),
 		ScratchDisk:     scratchSerial,
-		ShmSizeBytes:    64 << 20,
+		ShmSizeBytes:    shmSize,
 		HugePages:       p.rec.Spec().HugeBytes / qemu.HugeNodePage,
 		PodPidNamespace: cfg.GetLinux().GetSecurityContext().GetNamespaceOptions().GetPid() == runtimeapi.NamespaceMode_POD,
 	}
@@ -359,6 +438,9 @@ func (p *pod) sandboxRequest() (*agentpb.ConfigureSandboxRequest, error) {
 			i.Addresses = append(i.Addresses, a.String())
 		}
 		req.Interfaces = append(req.Interfaces, i)
+	}
+	if s.Guest.Spare {
+		req.Hardware = []*agentpb.HardwareAddress{{Old: spareMAC(p.id), New: s.Network.Interfaces[0].MAC}}
 	}
 	for _, r := range s.Network.Routes {
 		req.Routes = append(req.Routes, routeOf(r))
@@ -412,5 +494,6 @@ func (p *pod) teardown(ctx context.Context) error {
 		removeRunDir(p.runDir()),
 		p.rt.images.RemoveScratch(p.id),
 		p.cgroup().Delete(),
+		p.rt.spareGroup(p.id).Delete(),
 	)
 }

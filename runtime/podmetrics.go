@@ -169,16 +169,16 @@ func (rt *Runtime) ListPodSandboxMetrics(ctx context.Context, _ *runtimeapi.List
 		}
 	}
 	resp := &runtimeapi.ListPodSandboxMetricsResponse{}
-	for p, guest := range askAll(ctx, ready, true) {
-		resp.PodMetrics = append(resp.PodMetrics, p.metrics(ctx, guest))
+	for p, a := range askAll(ctx, ready, true) {
+		resp.PodMetrics = append(resp.PodMetrics, p.metrics(a))
 	}
 	return resp, nil
 }
 
-func (p *pod) metrics(ctx context.Context, guest *agentpb.StatsResponse) *runtimeapi.PodSandboxMetrics {
+func (p *pod) metrics(a answer) *runtimeapi.PodSandboxMetrics {
 	s := p.samples("", p.id, "")
 	s.seen(p.rec.Spec().CreatedAt)
-	host, err := p.cgroup().Stats()
+	host, err := p.hostStats()
 	if err != nil {
 		p.log.Debug("reading the pod's cgroup", "error", err)
 	} else {
@@ -188,7 +188,7 @@ func (p *pod) metrics(ctx context.Context, guest *agentpb.StatsResponse) *runtim
 	out := &runtimeapi.PodSandboxMetrics{PodSandboxId: p.id, Metrics: s.list}
 	for _, c := range p.rt.containersOf(p.id) {
 		if c.rec.Status().running() {
-			out.ContainerMetrics = append(out.ContainerMetrics, c.metrics(ctx, guest))
+			out.ContainerMetrics = append(out.ContainerMetrics, c.metrics(a))
 		}
 	}
 	return out
@@ -216,7 +216,7 @@ func (p *pod) networkSamples(s *samples) {
 	}
 }
 
-func (c *container) metrics(ctx context.Context, guest *agentpb.StatsResponse) *runtimeapi.ContainerMetrics {
+func (c *container) metrics(a answer) *runtimeapi.ContainerMetrics {
 	s := c.pod.samples(c.config().GetMetadata().GetName(), c.id, c.config().GetImage().GetUserSpecifiedImage())
 	s.seen(c.rec.Status().StartedAt)
 	s.spec(c.resources())
@@ -226,9 +226,9 @@ func (c *container) metrics(ctx context.Context, guest *agentpb.StatsResponse) *
 		}
 	}
 	if c.isMachine() {
-		c.machineSamples(ctx, s)
+		c.machineSamples(a, s)
 	}
-	for _, g := range guest.GetContainers() {
+	for _, g := range a.guest.GetContainers() {
 		if g.GetId() == c.guestID() {
 			s.guest(g)
 		}
@@ -237,9 +237,9 @@ func (c *container) metrics(ctx context.Context, guest *agentpb.StatsResponse) *
 }
 
 // machineSamples are of a guest that has no containers of ours: its statistics, and what its disks have done.
-func (c *container) machineSamples(ctx context.Context, s *samples) {
+func (c *container) machineSamples(a answer, s *samples) {
 	st := &runtimeapi.ContainerStats{}
-	c.machineStats(ctx, st)
+	c.machineStats(a.memory, st)
 	if st.GetCpu() == nil {
 		return // it does not run
 	}
@@ -250,17 +250,7 @@ func (c *container) machineSamples(ctx context.Context, s *samples) {
 	s.counter(memoryFailures, st.GetMemory().GetPageFaults().GetValue(), "pgfault", "container")
 	s.counter(memoryFailures, st.GetMemory().GetMajorPageFaults().GetValue(), "pgmajfault", "container")
 	s.gauge(fsUsage, st.GetWritableLayer().GetUsedBytes().GetValue(), "/")
-	g := c.machineGuest()
-	if g == nil {
-		return
-	}
-	ctx, cancel := context.WithTimeout(ctx, statsTimeout)
-	defer cancel()
-	disks, err := g.vm.DiskStats(ctx)
-	if err != nil {
-		c.log.Debug("asking for the disks' counters", "error", err)
-	}
-	for serial, d := range disks {
+	for serial, d := range a.disks {
 		s.disk(&agentpb.DiskIO{
 			Device: serial, ReadBytes: uint64(d.ReadBytes), Reads: uint64(d.Reads), WriteBytes: uint64(d.WriteBytes), Writes: uint64(d.Writes),
 		})

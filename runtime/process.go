@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -14,6 +15,7 @@ import (
 	"github.com/vmruntime/vmruntime/agent"
 	"github.com/vmruntime/vmruntime/agent/agentpb"
 	"github.com/vmruntime/vmruntime/qemu"
+	"github.com/vmruntime/vmruntime/trace"
 )
 
 type agentClient = *agent.Client
@@ -24,8 +26,8 @@ const (
 	readChunk = 256 << 10
 	// pollTimeout bounds one long poll; it is simply repeated.
 	pollTimeout = 5 * time.Minute
-	// drainTimeout is how long output is still read after the process has ended. The guest ends the streams by
-	// itself within 10 s, also if a child keeps them open; the rest is for a guest that is slow or loses its session.
+	// drainTimeout is how long nothing may come of a process's output after its end. The guest ends the streams by
+	// itself when a child keeps them open; this is for one that is slow or loses its session.
 	drainTimeout = 15 * time.Second
 )
 
@@ -75,6 +77,48 @@ func (g *guest) copyOutput(ctx context.Context, ref *agentpb.ProcessRef, to outp
 		}
 		if resp.GetEof() {
 			return nil
+		}
+	}
+}
+
+// pace tells whether something is still on its way: whoever takes his time is not silent.
+type pace struct{ taken, taking atomic.Bool }
+
+// take does something with what has come.
+func (p *pace) take(do func()) {
+	p.taking.Store(true)
+	do()
+	p.taken.Store(true) // before taking ends: one of the two is always seen
+	p.taking.Store(false)
+}
+
+// moves tells whether something is being taken, or was since it was last asked.
+func (p *pace) moves() bool { return p.taking.Load() || p.taken.Swap(false) }
+
+// pacedTaker takes output at its pace.
+type pacedTaker struct {
+	outputTaker
+	pace
+}
+
+func (t *pacedTaker) take(ch *agentpb.OutputChunk) (err error) {
+	t.pace.take(func() { err = t.outputTaker.take(ch) })
+	return err
+}
+
+// drain waits for the rest of the output of a process that has ended, which copyOutput hands to the taker. A taker that takes its time,
+// like a client behind a slow line, is waited for.
+func drain(ctx context.Context, copied <-chan error, to *pacedTaker) error {
+	for {
+		select {
+		case err := <-copied:
+			return err
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(drainTimeout):
+			if !to.moves() {
+				return fmt.Errorf("the guest has not given the rest of the output within %s: %w", drainTimeout, errdefs.ErrUnavailable)
+			}
 		}
 	}
 }
@@ -142,25 +186,22 @@ func (c *container) watch(g *guest) {
 func (c *container) follow(ctx context.Context, g *guest) (containerEnd, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	drained := make(chan error, 1)
+	to, copied := &pacedTaker{outputTaker: c}, make(chan error, 1)
 	go func() {
-		drained <- g.copyOutput(ctx, c.ref(), c)
+		defer close(copied)
+		copied <- g.copyOutput(ctx, c.ref(), to)
 	}()
 	state, err := g.waitProcess(ctx, c.ref())
+	var left error
 	if err == nil {
-		select {
-		case err := <-drained:
-			if err != nil {
-				c.log.Warn("reading the container's output", "error", err)
-			}
-			return endOf(state), nil
-		case <-time.After(drainTimeout):
-		case <-ctx.Done():
-		}
+		left = drain(ctx, copied, to)
 	}
 	cancel()
-	if err := <-drained; err != nil && !errors.Is(err, context.Canceled) {
-		c.log.Warn("reading the container's output", "error", err)
+	if last := <-copied; left == nil { // nil if drain has it
+		left = last
+	}
+	if left != nil && !errors.Is(left, context.Canceled) {
+		c.log.Warn("reading the container's output", "error", left)
 	}
 	return endOf(state), err
 }
@@ -173,8 +214,20 @@ func (c *container) take(ch *agentpb.OutputChunk) error {
 		// A full disk must not stop the container: what cannot be logged is dropped.
 		c.log.Error("writing the container's log", "error", err)
 	}
+	c.hasSpoken(nil)
 	c.output.send(ch)
 	return nil
+}
+
+// awaitOutput begins the span up to the first output, before the container is followed.
+func (c *container) awaitOutput(ctx context.Context) {
+	_, c.spoke = trace.Start(ctx, "first output")
+}
+
+func (c *container) hasSpoken(err error) {
+	if c.spoke != nil {
+		c.spoke(err)
+	}
 }
 
 func endOf(s *agentpb.ProcessState) containerEnd {
@@ -200,6 +253,8 @@ func endOfGuest(err error) containerEnd {
 	return end
 }
 
+var errNoOutput = errors.New("the container has ended without a word")
+
 // finish records the end of a container, once, and tells everyone who waits for it. The log is complete before the end
 // is told: whoever hears of it reads the log.
 func (c *container) finish(end containerEnd) {
@@ -220,6 +275,7 @@ func (c *container) finish(end containerEnd) {
 		c.log.Error("recording the container's end", "error", err)
 	}
 	c.output.close()
+	c.hasSpoken(errNoOutput)
 	// Before anybody goes on who waits for the end: the event must not come after those of the container's removal.
 	c.rt.containerEvent(c, runtimeapi.ContainerEventType_CONTAINER_STOPPED_EVENT)
 	c.markExited()

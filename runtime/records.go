@@ -50,10 +50,12 @@ type podStatus struct {
 	Guest     guestRecord `json:"guest"`
 	// Resized is there if the pod has been resized.
 	Resized *resized `json:"resized,omitempty"`
-	// Capturing is set while a checkpoint is taken, which a daemon that is killed leaves stopped and frozen.
+	// Capturing is set while a checkpoint is taken, or a machine taken back to one, which a daemon that is killed leaves stopped and frozen.
 	Capturing bool `json:"capturing,omitempty"`
 	// Frozen is set while the guest's own agent has its file systems frozen, which a daemon that is killed leaves so.
 	Frozen bool `json:"frozen,omitempty"`
+	// Held are the interfaces that the restored machine in the pod believes to have. The pod's network is held until it knows better.
+	Held []checkpointInterface `json:"held,omitempty"`
 }
 
 // resized is what a pod may use since it was resized, and the size that its VM has for that.
@@ -61,6 +63,9 @@ type resized struct {
 	Resources message[*runtimeapi.LinuxContainerResources] `json:"resources"`
 	Overhead  message[*runtimeapi.LinuxContainerResources] `json:"overhead"`
 	Size      vmSize                                       `json:"size"`
+	// Told says that UpdatePodSandboxResources has given limits. Whoever tells the pod's, as the kubelet does before it raises containers' and after
+	// it has lowered them, does not want them to follow those: they may be the pod's own, which containers without a limit have too.
+	Told bool `json:"told,omitempty"`
 }
 
 // guestRecord is the latest boot of a pod's guest.
@@ -75,6 +80,11 @@ type guestRecord struct {
 	// Template is the key of the template that the guest began as, if it did. With PrivateMemory it can get no share.
 	Template      string `json:"template,omitempty"`
 	PrivateMemory bool   `json:"privateMemory,omitempty"`
+	// Spare says that the guest had begun before its pod.
+	Spare bool `json:"spare,omitempty"`
+	// GrownFrom is the size that the guest has begun with, if that was not the pod's; Growing is set until it has come to the pod's.
+	GrownFrom *vmSize `json:"grownFrom,omitempty"`
+	Growing   bool    `json:"growing,omitempty"`
 	// Disks are the serials of the image disks that are plugged in.
 	Disks []string `json:"disks,omitempty"`
 	// OOMKills is how many processes the node's kernel had killed in the pod's cgroup before this guest began.
@@ -87,14 +97,16 @@ type containerSpec struct {
 	Config    message[*runtimeapi.ContainerConfig] `json:"config"`
 	CreatedAt time.Time                            `json:"createdAt"`
 	// ImageID is the image's config digest, ImageRef its repository digest, ImageName the name that it is known by.
-	ImageID   string                             `json:"imageID"`
-	ImageRef  string                             `json:"imageRef"`
-	ImageName string                             `json:"imageName"`
-	Disk      imageDisk                          `json:"disk"`
-	Volumes   []imageDisk                        `json:"volumes,omitempty"`
-	Mounts    []resolvedMount                    `json:"mounts,omitempty"`
-	OCI       *specs.Spec                        `json:"oci"`
-	User      message[*runtimeapi.ContainerUser] `json:"user"`
+	ImageID   string      `json:"imageID"`
+	ImageRef  string      `json:"imageRef"`
+	ImageName string      `json:"imageName"`
+	Disk      imageDisk   `json:"disk"`
+	Volumes   []imageDisk `json:"volumes,omitempty"`
+	// BlockVolumes are those of a container that is no machine.
+	BlockVolumes []blockVolume                      `json:"blockVolumes,omitempty"`
+	Mounts       []resolvedMount                    `json:"mounts,omitempty"`
+	OCI          *specs.Spec                        `json:"oci"`
+	User         message[*runtimeapi.ContainerUser] `json:"user"`
 	// StopSignal is what the image or the pod asks to be stopped with.
 	StopSignal string `json:"stopSignal,omitempty"`
 	LogPath    string `json:"logPath,omitempty"`

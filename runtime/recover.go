@@ -59,6 +59,7 @@ func (rt *Runtime) Recover(ctx context.Context) error {
 	if err := rt.sweepTemplates(ctx); err != nil {
 		rt.log.Error("sweeping templates", "error", err)
 	}
+	rt.owned.Go(rt.spares.run)
 	rt.owned.Go(rt.firstTemplate)
 	return nil
 }
@@ -70,7 +71,8 @@ func (rt *Runtime) firstTemplate() {
 		return // the daemon ends
 	}
 	m := rt.guestImage.machine(accel.Accel)
-	m.VCPUs, m.MemoryBytes = rt.cfg.VM.size(nil)
+	base := rt.cfg.VM.base()
+	m.VCPUs, m.MemoryBytes = base.VCPUs, base.MemoryBytes
 	maxVCPUs, maxMemory := rt.cfg.VM.room(m.VCPUs, m.MemoryBytes)
 	giveRoom(&m, maxVCPUs, maxMemory)
 	m.NICs = make([]qemu.NIC, 1)
@@ -168,7 +170,7 @@ func (rt *Runtime) recoverPod(ctx context.Context, p *pod) error {
 	if s.Guest.Machine != "" {
 		parts = newMachineParts(s.Guest.Machine)
 	}
-	g := newGuest(p, s.Guest.Boot, vm, parts, time.Time{})
+	g := newGuest(ctx, p, s.Guest.Boot, vm, parts, time.Time{}, nil)
 	p.setGuest(g)
 	if err := g.recoverShare(ctx, s.Guest.Share); err != nil {
 		p.log.Error("taking up virtiofsd", "error", err)

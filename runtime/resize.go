@@ -42,7 +42,10 @@ func (rt *Runtime) UpdatePodSandboxResources(ctx context.Context, req *runtimeap
 	next := &runtimeapi.LinuxPodSandboxConfig{
 		Resources: told(now.GetResources(), req.GetResources()), Overhead: told(now.GetOverhead(), req.GetOverhead()),
 	}
-	return &runtimeapi.UpdatePodSandboxResourcesResponse{}, p.resize(ctx, next, nil)
+	if err := p.resize(ctx, next, nil); err != nil {
+		return nil, err
+	}
+	return &runtimeapi.UpdatePodSandboxResourcesResponse{}, p.update(func(s *podStatus) error { s.Resized.Told = true; return nil })
 }
 
 // limits are what the pod may use.
@@ -61,12 +64,16 @@ func (p *pod) size() vmSize {
 	return vmSize{p.rec.Spec().VCPUs, p.rec.Spec().MemoryBytes}
 }
 
-// resizeFor changes a container's limits in the guest by change, and those of the pod with them where they are the sum of its containers'.
+// resizeFor changes a container's limits in the guest by change, and those of the pod with them where they are the sum of its containers'
+// and nobody tells them apart.
 // The caller holds the container's life.
 func (c *container) resizeFor(ctx context.Context, limits *runtimeapi.LinuxContainerResources, change func(context.Context) error) error {
 	p := c.pod
 	p.life.Lock()
 	defer p.life.Unlock()
+	if r := p.rec.Status().Resized; r != nil && r.Told {
+		return change(ctx)
+	}
 	now := p.limits()
 	next := &runtimeapi.LinuxPodSandboxConfig{
 		Resources: p.vmConfig().followed(now.GetResources(), p.sumOfLimits(c, c.resources()), p.sumOfLimits(c, limits)), Overhead: now.GetOverhead(),
@@ -126,6 +133,12 @@ func (p *pod) resize(ctx context.Context, next *runtimeapi.LinuxPodSandboxConfig
 	if p.rec.Spec().HugeBytes > 0 {
 		return p.resizeHuge(ctx, next, after, change)
 	}
+	// One that still grows to its first size comes to that before anything else.
+	if p.rec.Status().Guest.Growing {
+		if _, err := g.session(ctx); err != nil {
+			return err
+		}
+	}
 	if after, err = g.grow(ctx, before, after); err != nil {
 		return err
 	}
@@ -163,6 +176,7 @@ func (p *pod) recordSize(limits *runtimeapi.LinuxPodSandboxConfig, size vmSize) 
 			Resources: message[*runtimeapi.LinuxContainerResources]{told(limits.GetResources(), nil)},
 			Overhead:  message[*runtimeapi.LinuxContainerResources]{told(limits.GetOverhead(), nil)},
 			Size:      size,
+			Told:      s.Resized != nil && s.Resized.Told,
 		}
 		return nil
 	})
@@ -177,13 +191,14 @@ func (g *guest) grow(ctx context.Context, before, after vmSize) (vmSize, error) 
 	if after, err = after.within(have); err != nil {
 		return after, err
 	}
-	if after.MemoryBytes > have.MemoryBytes() {
-		err = g.growMemory(ctx, after.MemoryBytes)
+	client, err := g.session(ctx)
+	if err == nil && after.MemoryBytes > have.MemoryBytes() {
+		grow, cancel := context.WithTimeout(ctx, growTimeout)
+		defer cancel()
+		err = g.growMemory(grow, client, after.MemoryBytes)
 	}
 	if err == nil && after.VCPUs > before.VCPUs {
-		if err = g.vm.AddVCPUs(ctx, after.VCPUs); err == nil {
-			err = g.useProcessors(ctx, after.VCPUs)
-		}
+		err = g.growProcessors(ctx, client, after.VCPUs)
 	}
 	if err != nil {
 		return after, errors.Join(fmt.Errorf("grow the VM to %v: %w", after, err), g.undo(ctx, before))
@@ -191,36 +206,40 @@ func (g *guest) grow(ctx context.Context, before, after vmSize) (vmSize, error) 
 	return after, nil
 }
 
-func (g *guest) growMemory(ctx context.Context, bytes int64) error {
-	ctx, cancel := context.WithTimeout(ctx, growTimeout)
-	defer cancel()
-	if err := g.readyForMemory(ctx); err != nil {
+func (g *guest) growMemory(ctx context.Context, client agentClient, bytes int64) error {
+	if err := readyForMemory(ctx, client); err != nil {
 		return err
 	}
 	if err := g.vm.RequestMemory(ctx, bytes); err != nil {
 		return err
 	}
-	if s, err := g.vm.AwaitMemory(ctx, bytes); err != nil {
+	s, err := g.vm.AwaitMemory(ctx, bytes)
+	if err != nil {
 		return fmt.Errorf("the guest uses %d bytes: %w", s.MemoryBytes(), err)
 	}
-	return nil
+	return memoryChanged(ctx, client, s)
 }
 
-func (g *guest) readyForMemory(ctx context.Context) error {
-	client, err := g.session(ctx)
-	if err != nil {
+func (g *guest) growProcessors(ctx context.Context, client agentClient, n int) error {
+	if err := g.vm.AddVCPUs(ctx, n); err != nil {
 		return err
 	}
-	_, err = client.Resize(ctx, &agentpb.ResizeRequest{Memory: true})
+	return useProcessors(ctx, client, n)
+}
+
+func readyForMemory(ctx context.Context, client agentClient) error {
+	_, err := client.Resize(ctx, &agentpb.ResizeRequest{Memory: true})
 	return err
 }
 
-func (g *guest) useProcessors(ctx context.Context, n int) error {
-	client, err := g.session(ctx)
-	if err != nil {
-		return err
-	}
-	_, err = client.Resize(ctx, &agentpb.ResizeRequest{Processors: int32(n)})
+// memoryChanged has the guest's kernel take note.
+func memoryChanged(ctx context.Context, client agentClient, now qemu.Size) error {
+	_, err := client.Resize(ctx, &agentpb.ResizeRequest{MoreMemoryBytes: now.PluggedBytes - now.BalloonBytes})
+	return err
+}
+
+func useProcessors(ctx context.Context, client agentClient, n int) error {
+	_, err := client.Resize(ctx, &agentpb.ResizeRequest{Processors: int32(n)})
 	return err
 }
 
@@ -230,11 +249,15 @@ func (g *guest) shrink(ctx context.Context, to vmSize) error {
 	if err != nil {
 		return err
 	}
-	if have.VCPUs > to.VCPUs {
-		err = g.useProcessors(ctx, to.VCPUs)
+	if have.VCPUs <= to.VCPUs && !to.exceeded(have) {
+		return nil
 	}
-	if to.exceeded(have) {
-		err = errors.Join(err, g.shrinkMemory(ctx, to.MemoryBytes))
+	client, err := g.session(ctx)
+	if err == nil && have.VCPUs > to.VCPUs {
+		err = useProcessors(ctx, client, to.VCPUs)
+	}
+	if client != nil && to.exceeded(have) {
+		err = errors.Join(err, g.shrinkMemory(ctx, client, to.MemoryBytes))
 	}
 	if err != nil {
 		return fmt.Errorf("shrink the VM to %v: %w", to, err)
@@ -242,18 +265,21 @@ func (g *guest) shrink(ctx context.Context, to vmSize) error {
 	return nil
 }
 
-func (g *guest) shrinkMemory(ctx context.Context, bytes int64) error {
-	if err := g.readyForMemory(ctx); err != nil {
+func (g *guest) shrinkMemory(ctx context.Context, client agentClient, bytes int64) error {
+	if err := readyForMemory(ctx, client); err != nil {
 		return err
 	}
 	if err := g.vm.RequestMemory(ctx, bytes); err != nil {
 		return err
 	}
 	s, err := g.vm.AwaitMemory(ctx, bytes)
-	if err == nil && s.MemoryBytes() > bytes {
+	if err != nil {
+		return err
+	}
+	if s.MemoryBytes() > bytes {
 		g.log.Info("the guest keeps more memory than it is to have; what it frees later it gives back", "has", s.MemoryBytes(), "wanted", bytes)
 	}
-	return err
+	return memoryChanged(ctx, client, s)
 }
 
 // undo goes back to a size, also if the context has ended.
@@ -268,6 +294,10 @@ func (g *guest) settle() {
 	p := g.pod
 	ctx, cancel := context.WithTimeout(p.rt.ctx, resizeTimeout)
 	defer cancel()
+	if _, err := g.session(ctx); err != nil { // nobody is to wait for the lock until the guest answers
+		g.log.Warn("bringing the VM to the size that it is to have", "error", err)
+		return
+	}
 	p.life.Lock()
 	defer p.life.Unlock()
 	if p.currentGuest() != g || !g.alive() {

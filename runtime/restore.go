@@ -43,14 +43,15 @@ type restoredSpec struct {
 // incoming is what a guest is restored from.
 type incoming struct {
 	state    io.Reader
+	plugged  qemu.Plugged
 	hardware []*agentpb.HardwareAddress
 }
 
-func (p *pod) incomingState() io.Reader {
-	if in := p.incoming.Load(); in != nil {
-		return in.state
+// give adds what a guest is restored from; nothing if it is not.
+func (in *incoming) give(s *qemu.Spec) {
+	if in != nil {
+		s.State, s.Plugged = in.state, in.plugged
 	}
-	return nil
 }
 
 // RestorePod makes a pod from a checkpoint. Its containers stand still until each is started.
@@ -72,14 +73,7 @@ func (rt *Runtime) RestorePod(ctx context.Context, req *runtimeapi.RestorePodReq
 	if err := rt.podNames.Reserve(name, id); err != nil {
 		return nil, fmt.Errorf("sandbox name %q: %w", name, err)
 	}
-	p, err := rt.recordPod(id, podSpec{
-		Handler:     req.GetRuntimeHandler(),
-		Config:      message[*runtimeapi.PodSandboxConfig]{req.GetConfig()},
-		CreatedAt:   time.Now(),
-		VCPUs:       m.VCPUs,
-		MemoryBytes: m.MemoryBytes,
-		MaxVCPUs:    m.MaxVCPUs, MaxMemoryBytes: m.MaxMemoryBytes,
-	})
+	p, err := rt.recordRestoredPod(id, m, req)
 	if err != nil {
 		rt.podNames.Release(name, id)
 		return nil, err
@@ -90,6 +84,25 @@ func (rt *Runtime) RestorePod(ctx context.Context, req *runtimeapi.RestorePodReq
 		return nil, errors.Join(err, rt.forgetRestored(ctx, p))
 	}
 	return rt.tellRestored(p, containers), nil
+}
+
+// recordRestoredPod makes the record of a pod whose VM has the size of the one that was saved. That of a machine is the container's.
+func (rt *Runtime) recordRestoredPod(id string, m *checkpointManifest, req *runtimeapi.RestorePodRequest) (*pod, error) {
+	if m.Machine != nil {
+		spec, err := rt.podSpec(&runtimeapi.RunPodSandboxRequest{Config: req.GetConfig(), RuntimeHandler: req.GetRuntimeHandler()})
+		if err != nil {
+			return nil, err
+		}
+		return rt.recordPod(id, spec)
+	}
+	return rt.recordPod(id, podSpec{
+		Handler:     req.GetRuntimeHandler(),
+		Config:      message[*runtimeapi.PodSandboxConfig]{req.GetConfig()},
+		CreatedAt:   time.Now(),
+		VCPUs:       m.Size.VCPUs,
+		MemoryBytes: m.Size.MemoryBytes,
+		MaxVCPUs:    m.MaxVCPUs, MaxMemoryBytes: m.MaxMemoryBytes,
+	})
 }
 
 func (rt *Runtime) tellRestored(p *pod, containers []*container) *runtimeapi.RestorePodResponse {
@@ -137,10 +150,46 @@ func (rt *Runtime) checkRestore(ctx context.Context, req *runtimeapi.RestorePodR
 
 // fits refuses a checkpoint that this node, or this request, cannot restore.
 func (rt *Runtime) fits(ctx context.Context, m *checkpointManifest, req *runtimeapi.RestorePodRequest) error {
-	if m.Machine != nil {
-		return fmt.Errorf("the checkpoint is the snapshot of a machine; `vmruntime vm restore` takes it: %w", errdefs.ErrFailedPrecondition)
+	if err := m.whole(); err != nil {
+		return err
 	}
-	return errors.Join(rt.fitsNode(ctx, m), m.fitsPod(req.GetConfig()), m.fitsNames(req.GetContainerConfigs()))
+	if m.Machine != nil {
+		return errors.Join(rt.fitsNode(ctx, m), m.fitsMachine(req.GetConfig()), m.fitsNames(req.GetContainerConfigs()))
+	}
+	return errors.Join(rt.fitsNode(ctx, m), rt.cfg.VM.fits(m), m.fitsPod(req.GetConfig()), m.fitsNames(req.GetContainerConfigs()))
+}
+
+// whole refuses a manifest that no checkpoint has.
+func (m *checkpointManifest) whole() error {
+	if m.Machine != nil && len(m.Containers) != 1 {
+		return fmt.Errorf("the checkpoint has %d containers; that of a machine has one: %w", len(m.Containers), errdefs.ErrInvalidArgument)
+	}
+	for i, c := range m.Containers {
+		oci := c.Spec.OCI
+		machine := c.Spec.Machine != nil
+		if c.Spec.Config.M == nil || machine != (m.Machine != nil) || !machine && (oci == nil || oci.Process == nil || oci.Linux == nil) {
+			return fmt.Errorf("the checkpoint's containers[%d] is not complete: %w", i, errdefs.ErrInvalidArgument)
+		}
+	}
+	return nil
+}
+
+// fits refuses a VM that is larger than this node's may be.
+func (c VMConfig) fits(m *checkpointManifest) error {
+	var errs []error
+	for _, f := range []struct {
+		what, bound string
+		was, most   int64
+	}{
+		{"vCPUs", "vm.max_vcpus", int64(max(m.VCPUs, m.Size.VCPUs)), int64(c.MaxVCPUs)},
+		{"memory", "vm.max_memory", max(m.MemoryBytes, m.Size.MemoryBytes), roundUp(int64(c.MaxMemory), mib)},
+		{"scratch disk", "vm.scratch_size", m.ScratchSize, int64(c.ScratchSize)},
+	} {
+		if f.was > f.most {
+			errs = append(errs, fmt.Errorf("the checkpoint's %s is %d; it has to be at most %d, which is %s: %w", f.what, f.was, f.most, f.bound, errdefs.ErrFailedPrecondition))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // fitsNode refuses a checkpoint that this node cannot restore.
@@ -156,17 +205,22 @@ func (rt *Runtime) fitsNode(ctx context.Context, m *checkpointManifest) error {
 	if here.QEMU, err = rt.installedQEMU(ctx); err != nil {
 		return err
 	}
+	return m.Platform.fits(here, m.Machine != nil)
+}
+
+// fits refuses what was saved on a node that differs from this one. A machine has a kernel of its own.
+func (was *platform) fits(here platform, machine bool) error {
 	var errs []error
 	for _, f := range []struct{ what, was, is string }{
-		{"architecture", m.Platform.Arch, here.Arch},
-		{"acceleration", m.Platform.Accel, here.Accel},
-		{"version of QEMU", m.Platform.QEMU, here.QEMU},
-		{"processor", m.Platform.CPU, here.CPU},
-		{"guest kernel's SHA-256", m.Platform.Kernel, here.Kernel},
-		{"guest initramfs' SHA-256", m.Platform.Initramfs, here.Initramfs},
-		{"guest kernel's command line", m.Platform.Cmdline, here.Cmdline},
+		{"architecture", was.Arch, here.Arch},
+		{"acceleration", was.Accel, here.Accel},
+		{"version of QEMU", was.QEMU, here.QEMU},
+		{"processor", was.CPU, here.CPU},
+		{"guest kernel's SHA-256", was.Kernel, here.Kernel},
+		{"guest initramfs' SHA-256", was.Initramfs, here.Initramfs},
+		{"guest kernel's command line", was.Cmdline, here.Cmdline},
 	} {
-		if f.was != f.is && (m.Machine == nil || !strings.HasPrefix(f.what, "guest")) {
+		if f.was != f.is && !(machine && strings.HasPrefix(f.what, "guest")) {
 			errs = append(errs, fmt.Errorf("the checkpoint's %s is %q, this node's is %q: %w", f.what, f.was, f.is, errdefs.ErrFailedPrecondition))
 		}
 	}
@@ -221,6 +275,9 @@ func (p *pod) restore(ctx context.Context, m *checkpointManifest, configs []*run
 		}
 		containers = append(containers, c)
 	}
+	if m.Machine != nil {
+		return containers, p.restoreMachine(ctx, m, containers[0], r)
+	}
 	disks, err := p.restoreDisks(ctx, m, containers)
 	if err != nil {
 		return nil, err
@@ -231,6 +288,9 @@ func (p *pod) restore(ctx context.Context, m *checkpointManifest, configs []*run
 		return nil, err
 	}
 	if err := r.Stream(memoryStream, func(state io.Reader) error { return p.restoreVM(ctx, m, disks, state) }); err != nil {
+		return nil, err
+	}
+	if err := p.resizeRestored(ctx); err != nil {
 		return nil, err
 	}
 	return containers, p.update(func(s *podStatus) error { s.ReadyAt = time.Now(); return nil })
@@ -288,14 +348,24 @@ func (p *pod) recordRestored(ctx context.Context, id string, from *checkpointCon
 // decideRestored is decideContainer with the names that the guest knows.
 func (p *pod) decideRestored(ctx context.Context, id string, from *checkpointContainer, spec *containerSpec) error {
 	cfg := spec.Config.M
-	if err := ocispec.ValidateContainer(cfg, p.config()); err != nil {
-		return err
-	}
 	if err := p.rt.knownImage(ctx, cfg.GetImage().GetImage(), spec); err != nil {
 		return err
 	}
 	if spec.ImageID != from.Spec.ImageID {
 		return fmt.Errorf("image %q is %s, the checkpoint's is %s: %w", cfg.GetImage().GetImage(), spec.ImageID, from.Spec.ImageID, errdefs.ErrInvalidArgument)
+	}
+	if from.Spec.Machine != nil {
+		return p.decideRestoredMachine(ctx, id, from.Spec.Machine, spec)
+	}
+	volumes, err := blockVolumes(cfg)
+	if err != nil {
+		return err
+	}
+	if len(volumes) > 0 {
+		return fmt.Errorf("devices: block volume %s is in no checkpoint: %w", volumes[0].Path, errdefs.ErrInvalidArgument)
+	}
+	if err := ocispec.ValidateContainer(cfg, p.config(), nil); err != nil {
+		return err
 	}
 	img, err := p.rt.images.Ensure(ctx, spec.ImageID, id)
 	if err != nil {
@@ -394,9 +464,9 @@ func (p *pod) restoreDisks(ctx context.Context, m *checkpointManifest, container
 	return out, nil
 }
 
-// prepareRestored makes network and scratch disk. The caller holds life.
-func (p *pod) prepareRestored(ctx context.Context, m *checkpointManifest, r *archive.Reader) error {
-	if err := p.setupNetwork(ctx); err != nil {
+// restoreNetwork makes the network, whose interfaces have to be as many and as wide as those of the checkpoint. The caller holds life.
+func (p *pod) restoreNetwork(ctx context.Context, m *checkpointManifest) error {
+	if err := p.setupNetwork(ctx, false); err != nil {
 		return err
 	}
 	nics := p.rec.Status().Network.Interfaces
@@ -407,6 +477,14 @@ func (p *pod) prepareRestored(ctx context.Context, m *checkpointManifest, r *arc
 		if nic.MTU != m.Interfaces[i].MTU {
 			return fmt.Errorf("interface %s has an MTU of %d, the checkpoint's has %d: %w", nic.Name, nic.MTU, m.Interfaces[i].MTU, errdefs.ErrFailedPrecondition)
 		}
+	}
+	return nil
+}
+
+// prepareRestored makes network and scratch disk. The caller holds life.
+func (p *pod) prepareRestored(ctx context.Context, m *checkpointManifest, r *archive.Reader) error {
+	if err := p.restoreNetwork(ctx, m); err != nil {
+		return err
 	}
 	path, err := p.rt.images.CreateScratch(ctx, p.id, m.ScratchSize)
 	if err != nil {
@@ -423,13 +501,17 @@ func (p *pod) prepareRestored(ctx context.Context, m *checkpointManifest, r *arc
 
 // restoreVM starts QEMU with the saved state and makes the guest this pod. The caller holds life.
 func (p *pod) restoreVM(ctx context.Context, m *checkpointManifest, disks []qemu.Disk, state io.Reader) error {
-	in := &incoming{state: state}
+	in := &incoming{state: state, plugged: m.Plugged}
 	for i, nic := range p.rec.Status().Network.Interfaces {
 		in.hardware = append(in.hardware, &agentpb.HardwareAddress{Old: m.Interfaces[i].MAC, New: nic.MAC})
 	}
 	p.incoming.Store(in)
 	defer p.incoming.Store(nil)
-	g, err := p.bootRestored(ctx, disks)
+	// Until it is this pod it believes to have the addresses of the one that was saved, which may run beside it.
+	if err := p.holdNetwork(m.Interfaces); err != nil {
+		return err
+	}
+	g, err := p.bootRestored(ctx, vmSize{m.VCPUs, m.MemoryBytes}, disks)
 	if err != nil {
 		return err
 	}
@@ -440,14 +522,32 @@ func (p *pod) restoreVM(ctx context.Context, m *checkpointManifest, disks []qemu
 	if err != nil {
 		return err
 	}
+	if err := p.letNetworkGo(); err != nil {
+		return err
+	}
 	return p.checkRestored(ctx, g, client, m)
 }
 
-func (p *pod) bootRestored(ctx context.Context, disks []qemu.Disk) (*guest, error) {
+// resizeRestored has a restored VM come to the size of its pod's limits, if it has some, as they may be others than those that it was saved with.
+// The caller holds life.
+func (p *pod) resizeRestored(ctx context.Context) error {
+	limits := p.config().GetLinux()
+	if limits.GetResources() == nil {
+		return nil
+	}
+	size, err := p.vmConfig().resized(limits, limits)
+	if err != nil || size == p.size() {
+		return err
+	}
+	return p.resize(ctx, limits, nil)
+}
+
+// bootRestored starts QEMU with the size that the saved VM has begun with.
+func (p *pod) bootRestored(ctx context.Context, begin vmSize, disks []qemu.Disk) (*guest, error) {
 	if err := p.makeRunDir(); err != nil {
 		return nil, err
 	}
-	machine, err := p.machine(ctx, p.rec.Status())
+	machine, err := p.machine(ctx, begin)
 	if err != nil {
 		return nil, err
 	}
@@ -477,9 +577,7 @@ func (p *pod) checkRestored(ctx context.Context, g *guest, client agentClient, m
 			there[s.GetContainerId()] = s.GetStarted() && !s.GetExited()
 			continue
 		}
-		if _, err := client.RemoveExec(ctx, &agentpb.ProcessRef{ContainerId: s.GetContainerId(), ExecId: s.GetExecId()}); err != nil {
-			return err
-		}
+		dropRestored(ctx, g, client, &agentpb.ProcessRef{ContainerId: s.GetContainerId(), ExecId: s.GetExecId()})
 	}
 	for _, c := range m.Containers {
 		if !there[c.GuestID] {
@@ -488,6 +586,18 @@ func (p *pod) checkRestored(ctx context.Context, g *guest, client agentClient, m
 	}
 	g.log.Info("restored", "containers", len(m.Containers))
 	return nil
+}
+
+// dropTimeout bounds the removal of an exec from a restored guest.
+const dropTimeout = 10 * time.Second
+
+// dropRestored removes an exec, or leaves it: its client is gone, and the containers are as good as without it.
+func dropRestored(ctx context.Context, g *guest, client agentClient, exec *agentpb.ProcessRef) {
+	ctx, cancel := context.WithTimeout(ctx, dropTimeout)
+	defer cancel()
+	if _, err := client.RemoveExec(ctx, exec); err != nil {
+		g.log.Warn("a command of the checkpoint stays in the restored guest", "container", exec.GetContainerId(), "exec", exec.GetExecId(), "error", err)
+	}
 }
 
 // adopt makes a guest that was just restored this pod. It tells whether there was anything to adopt.
@@ -535,6 +645,7 @@ func (c *container) startRestored(ctx context.Context) error {
 	}
 	c.pod.watchProjections(c)
 	c.rt.containerEvent(c, runtimeapi.ContainerEventType_CONTAINER_STARTED_EVENT)
+	c.awaitOutput(ctx)
 	c.watch(g)
 	return nil
 }

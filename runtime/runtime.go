@@ -14,11 +14,14 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	goruntime "runtime"
 	"slices"
 	"sync"
+	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/errdefs"
+	"golang.org/x/sync/semaphore"
 	"google.golang.org/grpc"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -41,6 +44,8 @@ type Runtime struct {
 	guestImage   *guestImage
 	accel        *acceleration
 	templates    *templates
+	spares       *spares
+	boots        *semaphore.Weighted
 	streaming    *streamServer
 	events       eventHub
 	metrics      vmMetrics
@@ -90,6 +95,7 @@ func New(cfg Config, d Dependencies) (*Runtime, error) {
 		imageService:   runtimeapi.NewImageServiceClient(d.CRI),
 		guestImage:     guest,
 		metrics:        newVMMetrics(),
+		boots:          semaphore.NewWeighted(int64(max(minBoots, bootsPerCPU*goruntime.NumCPU()))),
 		podNames:       state.NewNames(),
 		containerNames: state.NewNames(),
 		pods:           make(map[string]*pod),
@@ -122,7 +128,7 @@ func New(cfg Config, d Dependencies) (*Runtime, error) {
 		configured: cfg.QEMU.Accel, path: filepath.Join(cfg.Server.State, "accel.json"), prove: rt.proveKVM, log: d.Logger,
 	}
 	rt.ctx, rt.cancel = context.WithCancel(context.Background())
-	rt.templates = rt.newTemplates()
+	rt.templates, rt.spares = rt.newTemplates(), rt.newSpares()
 	if rt.streaming, err = rt.serveStreams(cfg.Server.StreamAddress); err != nil {
 		rt.cancel()
 		return nil, err
@@ -165,10 +171,18 @@ func (rt *Runtime) OwnsContainer(id string) bool {
 	return err == nil
 }
 
-// ImageUsage is what root filesystems of images and scratch disks take beside containerd's images.
-func (rt *Runtime) ImageUsage(ctx context.Context) (bytes, inodes uint64, err error) {
+// ImageFilesystem is what root filesystems of images and scratch disks take beside containerd's images.
+func (rt *Runtime) ImageFilesystem(ctx context.Context) (*runtimeapi.FilesystemUsage, error) {
 	u, err := rt.images.Usage(ctx)
-	return uint64(u.Bytes), uint64(u.Inodes), err
+	if err != nil {
+		return nil, err
+	}
+	return &runtimeapi.FilesystemUsage{
+		Timestamp:  time.Now().UnixNano(),
+		FsId:       &runtimeapi.FilesystemIdentifier{Mountpoint: rt.cfg.Server.Root},
+		UsedBytes:  &runtimeapi.UInt64Value{Value: uint64(u.Bytes)},
+		InodesUsed: &runtimeapi.UInt64Value{Value: uint64(u.Inodes)},
+	}, nil
 }
 
 func (rt *Runtime) podByID(id string) (*pod, error) {

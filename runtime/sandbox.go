@@ -25,17 +25,24 @@ func (rt *Runtime) RunPodSandbox(ctx context.Context, req *runtimeapi.RunPodSand
 	if _, err := annotation.Parse(cfg.GetAnnotations()); err != nil {
 		return nil, err
 	}
-	id := newID()
-	name := podName(cfg.GetMetadata())
-	if err := rt.podNames.Reserve(name, id); err != nil {
-		return nil, fmt.Errorf("sandbox name %q: %w", name, err)
-	}
-	p, err := rt.createPod(id, req)
+	defer rt.spares.hold()()
+	spec, err := rt.podSpec(req)
 	if err != nil {
-		rt.podNames.Release(name, id)
 		return nil, err
 	}
-	if err := p.start(ctx); err != nil {
+	id, sp := newID(), rt.spares.take(ctx, spec)
+	if sp != nil {
+		id, spec.UID = sp.id, sp.uid
+	}
+	p, err := rt.createPod(id, spec)
+	if err != nil {
+		if sp != nil {
+			rt.spares.giveBack(sp)
+		}
+		return nil, err
+	}
+	p.tag(ctx)
+	if err := p.start(ctx, sp); err != nil {
 		p.log.Warn("the sandbox could not be made", "error", err)
 		return nil, errors.Join(err, rt.forgetPod(ctx, p))
 	}
@@ -48,8 +55,21 @@ func podName(m *runtimeapi.PodSandboxMetadata) string {
 	return fmt.Sprintf("%s_%s_%s_%d", m.GetName(), m.GetNamespace(), m.GetUid(), m.GetAttempt())
 }
 
-// createPod writes the record of a sandbox that has nothing yet.
-func (rt *Runtime) createPod(id string, req *runtimeapi.RunPodSandboxRequest) (*pod, error) {
+// createPod takes the sandbox's name and writes the record of one that has nothing yet.
+func (rt *Runtime) createPod(id string, spec podSpec) (*pod, error) {
+	name := podName(spec.Config.M.GetMetadata())
+	if err := rt.podNames.Reserve(name, id); err != nil {
+		return nil, fmt.Errorf("sandbox name %q: %w", name, err)
+	}
+	p, err := rt.recordPod(id, spec)
+	if err != nil {
+		rt.podNames.Release(name, id)
+	}
+	return p, err
+}
+
+// podSpec decides what the sandbox's VM is.
+func (rt *Runtime) podSpec(req *runtimeapi.RunPodSandboxRequest) (podSpec, error) {
 	cfg := req.GetConfig()
 	spec := podSpec{
 		Handler:   req.GetRuntimeHandler(),
@@ -58,27 +78,34 @@ func (rt *Runtime) createPod(id string, req *runtimeapi.RunPodSandboxRequest) (*
 	}
 	var err error
 	if spec.HugeBytes, err = hugeBytes(cfg); err != nil {
-		return nil, err
+		return spec, err
 	}
 	spec.VCPUs, spec.MemoryBytes = rt.cfg.VM.size(cfg)
 	spec.MemoryBytes = withHugePages(spec.MemoryBytes, spec.HugeBytes)
 	if spec.HugeBytes == 0 {
 		spec.MaxVCPUs, spec.MaxMemoryBytes = rt.cfg.VM.room(spec.VCPUs, spec.MemoryBytes)
 	}
-	return rt.recordPod(id, spec)
+	return spec, nil
 }
 
-// recordPod gives the pod a user ID and writes its record.
+// recordPod gives the pod a user ID, unless it has that of a spare, and writes its record.
 func (rt *Runtime) recordPod(id string, spec podSpec) (*pod, error) {
-	uid, err := rt.takeUID()
-	if err != nil {
-		return nil, err
+	var err error
+	taken := spec.UID == 0
+	if taken {
+		if spec.UID, err = rt.takeUID(); errdefs.IsResourceExhausted(err) && rt.spares.yield() {
+			spec.UID, err = rt.takeUID()
+		}
+		if err != nil {
+			return nil, err
+		}
 	}
-	spec.UID = uid
 	rec, err := rt.podStore.Create(id, spec, podStatus{})
 	rt.mu.Lock()
 	defer rt.mu.Unlock()
-	delete(rt.takenUIDs, uid)
+	if taken || err == nil { // a spare that gets no pod keeps its own
+		delete(rt.takenUIDs, spec.UID)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -104,17 +131,25 @@ func (rt *Runtime) takeUID() (uint32, error) {
 	return 0, fmt.Errorf("qemu.uid_count: all %d user IDs are in use: %w", rt.cfg.QEMU.UIDCount, errdefs.ErrResourceExhausted)
 }
 
-// start makes the sandbox and lets its guest boot.
-func (p *pod) start(ctx context.Context) error {
+// start makes the sandbox and lets its guest boot, unless that is a spare.
+func (p *pod) start(ctx context.Context, sp *spare) error {
 	p.life.Lock()
 	defer p.life.Unlock()
-	if err := p.prepare(ctx); err != nil {
-		return err
-	}
-	if _, err := p.boot(ctx, false); err != nil {
+	if err := p.startGuest(ctx, sp); err != nil {
 		return err
 	}
 	return p.update(func(s *podStatus) error { s.ReadyAt = time.Now(); return nil })
+}
+
+func (p *pod) startGuest(ctx context.Context, sp *spare) error {
+	if sp != nil {
+		return p.startAs(ctx, sp)
+	}
+	if err := p.prepare(ctx); err != nil {
+		return err
+	}
+	_, err := p.boot(ctx, false)
+	return err
 }
 
 // StopPodSandbox ends all containers and the guest and gives the network back. An unknown sandbox is a

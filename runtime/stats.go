@@ -8,6 +8,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/vmruntime/vmruntime/agent/agentpb"
+	"github.com/vmruntime/vmruntime/qemu"
 	"github.com/vmruntime/vmruntime/runtime/cgroup"
 )
 
@@ -39,21 +40,38 @@ func (s *cpuSample) nanoCores(usage uint64, at time.Time) uint64 {
 	return s.rate
 }
 
-// guestStats asks a pod's guest; a guest that does not run has none. Counting open files takes the guest longer.
-func (p *pod) guestStats(ctx context.Context, descriptors bool) *agentpb.StatsResponse {
+// answer is what a pod's guest tells of what it uses, as far as it answers: its agent of its containers, QEMU of a machine.
+type answer struct {
+	guest  *agentpb.StatsResponse
+	memory qemu.MemoryStats
+	disks  map[string]qemu.DiskStats
+}
+
+// ask asks a pod's guest; one that does not run answers nothing. Counting open files, or the work of a machine's disks, is only for who asks for
+// all, since it takes longer.
+func (p *pod) ask(ctx context.Context, all bool) (a answer) {
 	g := p.currentGuest()
-	if g == nil || !g.alive() || g.machine != nil {
-		return nil
+	if g == nil || !g.alive() {
+		return a
 	}
 	ctx, cancel := context.WithTimeout(ctx, statsTimeout)
 	defer cancel()
+	if g.machine != nil {
+		a.memory, a.disks = g.askMachine(ctx, all)
+	} else {
+		a.guest = g.askContainers(ctx, all)
+	}
+	return a
+}
+
+func (g *guest) askContainers(ctx context.Context, descriptors bool) *agentpb.StatsResponse {
 	client, err := g.session(ctx)
 	if err != nil {
 		return nil
 	}
 	resp, err := client.Stats(ctx, &agentpb.StatsRequest{Descriptors: descriptors})
 	if err != nil {
-		p.log.Debug("asking the guest for statistics", "error", err)
+		g.log.Debug("asking the guest for statistics", "error", err)
 		return nil
 	}
 	return resp
@@ -65,7 +83,7 @@ func (rt *Runtime) ContainerStats(ctx context.Context, req *runtimeapi.Container
 	if err != nil {
 		return nil, err
 	}
-	return &runtimeapi.ContainerStatsResponse{Stats: c.stats(ctx, c.pod.guestStats(ctx, false))}, nil
+	return &runtimeapi.ContainerStatsResponse{Stats: c.stats(c.pod.ask(ctx, false))}, nil
 }
 
 // ListContainerStats reports what the containers that the filter lets through use. Guests are asked side by side.
@@ -83,24 +101,24 @@ func (rt *Runtime) ListContainerStats(ctx context.Context, req *runtimeapi.ListC
 		}
 	}
 	resp := &runtimeapi.ListContainerStatsResponse{}
-	for p, guest := range askAll(ctx, selected, false) {
+	for p, a := range askAll(ctx, selected, false) {
 		for _, c := range selected[p] {
-			resp.Stats = append(resp.Stats, c.stats(ctx, guest))
+			resp.Stats = append(resp.Stats, c.stats(a))
 		}
 	}
 	return resp, nil
 }
 
-func askAll[V any](ctx context.Context, pods map[*pod]V, descriptors bool) map[*pod]*agentpb.StatsResponse {
+func askAll[V any](ctx context.Context, pods map[*pod]V, all bool) map[*pod]answer {
 	var mu sync.Mutex
 	var asked sync.WaitGroup
-	out := make(map[*pod]*agentpb.StatsResponse, len(pods))
+	out := make(map[*pod]answer, len(pods))
 	for p := range pods {
 		asked.Go(func() {
-			s := p.guestStats(ctx, descriptors)
+			a := p.ask(ctx, all)
 			mu.Lock()
 			defer mu.Unlock()
-			out[p] = s
+			out[p] = a
 		})
 	}
 	asked.Wait()
@@ -108,16 +126,16 @@ func askAll[V any](ctx context.Context, pods map[*pod]V, descriptors bool) map[*
 }
 
 // stats are the container's numbers out of its guest's answer.
-func (c *container) stats(ctx context.Context, guest *agentpb.StatsResponse) *runtimeapi.ContainerStats {
+func (c *container) stats(a answer) *runtimeapi.ContainerStats {
 	cfg := c.config()
 	out := &runtimeapi.ContainerStats{Attributes: &runtimeapi.ContainerAttributes{
 		Id: c.id, Metadata: cfg.GetMetadata(), Labels: cfg.GetLabels(), Annotations: cfg.GetAnnotations(),
 	}}
 	if c.isMachine() {
-		c.machineStats(ctx, out)
+		c.machineStats(a.memory, out)
 		return out
 	}
-	for _, s := range guest.GetContainers() {
+	for _, s := range a.guest.GetContainers() {
 		if s.GetId() != c.guestID() {
 			continue
 		}
@@ -182,7 +200,7 @@ func (rt *Runtime) PodSandboxStats(ctx context.Context, req *runtimeapi.PodSandb
 	if err != nil {
 		return nil, err
 	}
-	return &runtimeapi.PodSandboxStatsResponse{Stats: p.stats(ctx, p.guestStats(ctx, false))}, nil
+	return &runtimeapi.PodSandboxStatsResponse{Stats: p.stats(p.ask(ctx, false))}, nil
 }
 
 // ListPodSandboxStats reports the pods that the filter lets through and that have not been stopped.
@@ -199,16 +217,16 @@ func (rt *Runtime) ListPodSandboxStats(ctx context.Context, req *runtimeapi.List
 		}
 	}
 	resp := &runtimeapi.ListPodSandboxStatsResponse{}
-	for p, guest := range askAll(ctx, selected, false) {
-		resp.Stats = append(resp.Stats, p.stats(ctx, guest))
+	for p, a := range askAll(ctx, selected, false) {
+		resp.Stats = append(resp.Stats, p.stats(a))
 	}
 	return resp, nil
 }
 
-func (p *pod) stats(ctx context.Context, guest *agentpb.StatsResponse) *runtimeapi.PodSandboxStats {
+func (p *pod) stats(a answer) *runtimeapi.PodSandboxStats {
 	cfg, now := p.config(), time.Now()
 	linux := &runtimeapi.LinuxPodSandboxStats{Network: p.networkUsage(now)}
-	if host, err := p.cgroup().Stats(); err == nil {
+	if host, err := p.hostStats(); err == nil {
 		linux.Cpu = &runtimeapi.CpuUsage{
 			Timestamp:            now.UnixNano(),
 			UsageCoreNanoSeconds: value(host.CPUUsageNano),
@@ -224,13 +242,13 @@ func (p *pod) stats(ctx context.Context, guest *agentpb.StatsResponse) *runtimea
 			AvailableBytes:  p.memoryAvailable(host),
 		}
 	}
-	if guest != nil {
-		linux.Process = &runtimeapi.ProcessUsage{Timestamp: now.UnixNano(), ProcessCount: value(guest.GetGuest().GetProcessCount())}
-		linux.Io = &runtimeapi.IoUsage{Timestamp: now.UnixNano(), Psi: psi(guest.GetGuest().GetIoPressure())}
+	if a.guest != nil {
+		linux.Process = &runtimeapi.ProcessUsage{Timestamp: now.UnixNano(), ProcessCount: value(a.guest.GetGuest().GetProcessCount())}
+		linux.Io = &runtimeapi.IoUsage{Timestamp: now.UnixNano(), Psi: psi(a.guest.GetGuest().GetIoPressure())}
 	}
 	for _, c := range p.rt.containersOf(p.id) {
 		if c.rec.Status().running() {
-			linux.Containers = append(linux.Containers, c.stats(ctx, guest))
+			linux.Containers = append(linux.Containers, c.stats(a))
 		}
 	}
 	return &runtimeapi.PodSandboxStats{

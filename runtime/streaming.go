@@ -97,19 +97,13 @@ func (g *guest) serveExec(ctx context.Context, ref *agentpb.ProcessRef, streams 
 		go g.copyStdin(ctx, ref, streams.stdin)
 	}
 	owned.Go(func() { g.copyResize(ctx, ref, streams.resize) })
-	drained := make(chan error, 1)
-	owned.Go(func() {
-		drained <- g.copyOutput(ctx, ref, &execOutput{streams: streams})
-	})
+	to, copied := &pacedTaker{outputTaker: &execOutput{streams: streams}}, make(chan error, 1)
+	owned.Go(func() { copied <- g.copyOutput(ctx, ref, to) })
 	state, err := g.waitProcess(ctx, ref)
 	if err != nil {
 		return 0, err
 	}
-	select {
-	case err = <-drained:
-	case <-time.After(drainTimeout):
-	}
-	return state.GetExitCode(), err
+	return state.GetExitCode(), drain(ctx, copied, to)
 }
 
 // execOutput writes an exec's output to its client.
@@ -146,12 +140,21 @@ func (g *guest) copyStdin(ctx context.Context, ref *agentpb.ProcessRef, in io.Re
 		if err == nil {
 			continue
 		}
-		if client, serr := g.session(ctx); serr == nil {
-			if _, err := client.CloseStdin(ctx, ref); err != nil && ctx.Err() == nil {
-				g.log.Debug("closing standard input", "error", err)
-			}
-		}
+		g.closeStdin(ctx, ref)
 		return
+	}
+}
+
+// closeStdin tells a process that no more comes, also when its client is no longer served.
+func (g *guest) closeStdin(ctx context.Context, ref *agentpb.ProcessRef) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), killTimeout)
+	defer cancel()
+	client, err := g.session(ctx)
+	if err == nil {
+		_, err = client.CloseStdin(ctx, ref)
+	}
+	if err != nil {
+		g.log.Debug("closing standard input", "error", err)
 	}
 }
 
@@ -298,11 +301,34 @@ func (s streams) Exec(ctx context.Context, id string, cmd []string, in io.Reader
 	return nil
 }
 
-// Attach joins the client's streams to a container's own until either ends.
-func (s streams) Attach(ctx context.Context, id string, in io.Reader, out, errs io.WriteCloser, _ bool, resize <-chan remotecommand.TerminalSize) error {
+// endOfInput calls ended when a reader gives no more.
+type endOfInput struct {
+	io.Reader
+	ended func()
+}
+
+func (r endOfInput) Read(p []byte) (int, error) {
+	n, err := r.Reader.Read(p)
+	if n > 0 {
+		return n, nil // the end comes again, when this has been taken
+	}
+	if err != nil {
+		r.ended()
+	}
+	return 0, err
+}
+
+// Attach joins the client's streams to a container's own until either ends. The end of the input is that of the client: there is no
+// other sign of one that goes while the container is silent. It is not if it becomes the end of the container's own input (stdin_once).
+func (s streams) Attach(ctx context.Context, id string, in io.Reader, out, errs io.WriteCloser, tty bool, resize <-chan remotecommand.TerminalSize) error {
 	c, err := s.rt.containerByID(id)
 	if err != nil {
 		return err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	if in != nil && (tty || !c.rec.Spec().Config.M.GetStdinOnce()) {
+		in = endOfInput{in, cancel}
 	}
 	if c.isMachine() {
 		var screen io.Writer
@@ -315,8 +341,6 @@ func (s streams) Attach(ctx context.Context, id string, in io.Reader, out, errs 
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
 	output, unsubscribe := c.output.subscribe()
 	defer unsubscribe()
 	var owned sync.WaitGroup
@@ -332,7 +356,7 @@ func (s streams) Attach(ctx context.Context, id string, in io.Reader, out, errs 
 			return nil
 		case ch, ok := <-output:
 			if !ok {
-				return nil
+				return c.lagged()
 			}
 			w := out
 			if ch.GetStream() == agentpb.OutputChunk_STDERR {
@@ -346,6 +370,14 @@ func (s streams) Attach(ctx context.Context, id string, in io.Reader, out, errs 
 			}
 		}
 	}
+}
+
+// lagged is why the output of an attached client ended: at the container's end there is none.
+func (c *container) lagged() error {
+	if !c.rec.Status().running() {
+		return nil
+	}
+	return fmt.Errorf("container %s writes faster than the attached client takes; attach again to see what follows: %w", c.id, errdefs.ErrResourceExhausted)
 }
 
 // PortForward joins a client's connection to a port that is listened on inside the guest, loopback included.
@@ -368,10 +400,15 @@ func (s streams) PortForward(ctx context.Context, id string, port int32, stream 
 		return err
 	}
 	defer func() { _ = conn.Close() }()
-	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
+	// The connection's context does not end, with neither the client nor the daemon.
+	stop := context.AfterFunc(s.rt.ctx, func() { _ = conn.Close() })
 	defer stop()
-	return join(conn, stream)
+	return join(conn, stream, halfOpenTimeout)
 }
+
+// halfOpenTimeout is how long nothing may come of the guest when its client has sent the last. A client that has gone looks the same
+// as one that waits for the rest of an answer.
+const halfOpenTimeout = 2 * time.Minute
 
 func (g *guest) dial(ctx context.Context, port int32) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, plugTimeout)
@@ -391,17 +428,40 @@ func (g *guest) dial(ctx context.Context, port int32) (net.Conn, error) {
 	return nil, fmt.Errorf("nothing in the pod accepts connections to port %d: %w", port, errors.Join(errs...))
 }
 
-// join copies both ways. It returns when what the guest sends has ended.
-func join(conn net.Conn, stream io.ReadWriteCloser) error {
-	go func() {
+// join copies both ways. It returns when what the guest sends has ended, or when the guest is silent for so long after the end of what
+// the client sends. A client that does not take what there is makes the guest no silent one.
+func join(conn net.Conn, stream io.ReadWriteCloser, silence time.Duration) error {
+	to := &pacedWriter{Writer: stream}
+	over := make(chan struct{})
+	defer close(over)
+	go func() { // not waited for: it may stand in a Read that only the client's end of the connection can end
 		_, _ = io.Copy(conn, stream)
 		if half, ok := conn.(interface{ CloseWrite() error }); ok {
 			_ = half.CloseWrite()
 		}
+		for alive := true; alive; alive = to.moves() {
+			select {
+			case <-over:
+				return
+			case <-time.After(silence):
+			}
+		}
+		_ = conn.Close()
 	}()
-	_, err := io.Copy(stream, conn)
+	_, err := io.Copy(to, conn)
 	if errors.Is(err, net.ErrClosed) {
 		return nil
 	}
 	return err
+}
+
+// pacedWriter writes at its pace.
+type pacedWriter struct {
+	io.Writer
+	pace
+}
+
+func (w *pacedWriter) Write(p []byte) (n int, err error) {
+	w.take(func() { n, err = w.Writer.Write(p) })
+	return n, err
 }

@@ -98,8 +98,10 @@ type templates struct {
 	identity *shapeIdentity
 	// make boots a machine without disks and taps into memory until it could be a pod's, and gives the state of its devices.
 	make func(ctx context.Context, m qemu.Machine, memory *os.File) (state []byte, err error)
-	ctx  context.Context
-	work *sync.WaitGroup
+	// ready is told of each shape of which there is a template now.
+	ready func(shape qemu.Machine)
+	ctx   context.Context
+	work  *sync.WaitGroup
 
 	making sync.Mutex // one at a time
 
@@ -107,13 +109,15 @@ type templates struct {
 	loaded map[string]*template // by key and scope
 	busy   map[string]bool      // of these, what is being made or loaded
 	failed map[string]time.Time // by key, when
+	// ungrown is when a guest last did not grow from the base size.
+	ungrown time.Time
 }
 
 func (rt *Runtime) newTemplates() *templates {
 	return &templates{
 		cfg: rt.cfg.Template, dir: filepath.Join(rt.cfg.Server.Root, "templates"), log: rt.log,
 		identity: &shapeIdentity{binary: rt.cfg.QEMU.Binary, files: make(map[string]fileIdentity)},
-		make:     rt.makeTemplate, ctx: rt.ctx, work: &rt.owned,
+		make:     rt.makeTemplate, ready: func(m qemu.Machine) { rt.spares.want(m) }, ctx: rt.ctx, work: &rt.owned,
 		loaded: make(map[string]*template), busy: make(map[string]bool), failed: make(map[string]time.Time),
 	}
 }
@@ -145,17 +149,18 @@ func (t *templates) take(m qemu.Machine, namespace string) *template {
 	return t.lend(have)
 }
 
-// want has a template made or loaded for such machines, unless there is one. It does not wait.
-func (t *templates) want(m qemu.Machine, namespace string) {
+// want has a template made or loaded for such machines, unless there is one, which it tells. It does not wait.
+func (t *templates) want(m qemu.Machine, namespace string) (there bool) {
 	m = shape(m)
 	key, scope, ok := t.find(m, namespace)
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if !ok || t.loaded[scope] != nil || t.busy[scope] || time.Since(t.failed[key]) < templateRetry || t.ctx.Err() != nil {
-		return
+		return ok && t.loaded[scope] != nil
 	}
 	t.busy[scope] = true
 	t.work.Go(func() { t.provide(m, key, scope) })
+	return false
 }
 
 // find gives the key of a shape, and with it the scope in which the memory is shared. Memory of huge pages cannot be a copy, so a machine
@@ -192,12 +197,16 @@ func (t *templates) provide(m qemu.Machine, key, scope string) {
 	t.making.Lock()
 	have, err := t.loadOrMake(m, key)
 	t.making.Unlock()
+	if err != nil {
+		t.log.Warn("no template could be made; guests boot instead", "template", key, "error", err)
+	} else {
+		defer t.ready(m)
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	delete(t.busy, scope)
 	if err != nil {
 		t.failed[key] = time.Now()
-		t.log.Warn("no template could be made; guests boot instead", "template", key, "error", err)
 		return
 	}
 	have.used = time.Now()
@@ -353,6 +362,20 @@ func (t *templates) drop(key string) {
 	}
 }
 
+// grow tells whether guests may begin with another size than their pods'.
+func (t *templates) grow() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return time.Since(t.ungrown) >= templateRetry
+}
+
+// stopGrowing has guests begin with the sizes of their pods for some time.
+func (t *templates) stopGrowing() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.ungrown = time.Now()
+}
+
 // evictLoaded keeps the memory of all within the limit. The caller holds mu.
 func (t *templates) evictLoaded() {
 	for {
@@ -371,34 +394,29 @@ func (t *templates) evictLoaded() {
 	}
 }
 
+// storedTemplate is one that is there as files.
+type storedTemplate struct {
+	name string
+	data int64
+	used time.Time
+}
+
 // evictStored keeps the files of all within the limit, the given one before all others.
 func (t *templates) evictStored(keep string) error {
 	entries, err := os.ReadDir(t.dir)
 	if err != nil {
 		return err
 	}
-	type stored struct {
-		name string
-		data int64
-		used time.Time
+	all, err := t.stored(entries)
+	if err != nil {
+		return err
 	}
-	var all []stored
-	for _, e := range entries {
-		info, err := e.Info()
-		if err != nil {
-			return err
+	for i := range all {
+		if all[i].name == keep {
+			all[i].used = time.Now()
 		}
-		var man templateManifest
-		if text, err := os.ReadFile(filepath.Join(t.dir, e.Name(), manifestName)); err == nil {
-			_ = json.Unmarshal(text, &man) // a damaged one counts nothing, and goes when it is loaded
-		}
-		one := stored{e.Name(), man.DataBytes, info.ModTime()}
-		if one.name == keep {
-			one.used = time.Now()
-		}
-		all = append(all, one)
 	}
-	slices.SortFunc(all, func(a, b stored) int { return b.used.Compare(a.used) })
+	slices.SortFunc(all, func(a, b storedTemplate) int { return b.used.Compare(a.used) })
 	total := int64(0)
 	for _, s := range all {
 		if total += s.data; total > int64(t.cfg.MaxSize) {
@@ -406,6 +424,26 @@ func (t *templates) evictStored(keep string) error {
 		}
 	}
 	return err
+}
+
+// stored reads what there is to know of the templates in these directories, of which some may have been removed meanwhile.
+func (t *templates) stored(entries []os.DirEntry) ([]storedTemplate, error) {
+	var all []storedTemplate
+	for _, e := range entries {
+		info, err := e.Info()
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		var man templateManifest
+		if text, err := os.ReadFile(filepath.Join(t.dir, e.Name(), manifestName)); err == nil {
+			_ = json.Unmarshal(text, &man) // a damaged one counts nothing, and goes when it is loaded
+		}
+		all = append(all, storedTemplate{e.Name(), man.DataBytes, info.ModTime()})
+	}
+	return all, nil
 }
 
 // sweep removes what a daemon has left that was ended while it made a template.

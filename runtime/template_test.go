@@ -38,7 +38,7 @@ func newTemplateBed(t *testing.T, cfg TemplateConfig) *templateBed {
 	b.templates = &templates{
 		cfg: cfg, dir: filepath.Join(dir, "templates"), log: slog.New(slog.NewTextHandler(io.Discard, nil)),
 		identity: &shapeIdentity{binary: filepath.Join(dir, "qemu"), files: make(map[string]fileIdentity)},
-		make:     b.boot, ctx: t.Context(), work: &sync.WaitGroup{},
+		make:     b.boot, ready: func(qemu.Machine) {}, ctx: t.Context(), work: &sync.WaitGroup{},
 		loaded: make(map[string]*template), busy: make(map[string]bool), failed: make(map[string]time.Time),
 	}
 	t.Cleanup(func() {
@@ -200,6 +200,21 @@ func TestTemplateLimit(t *testing.T) {
 	cfg.MaxSize = pageBytes
 	if b := newTemplateBed(t, cfg); b.get(1, "a") != nil {
 		t.Error("a template beyond the limit")
+	}
+}
+
+// One that goes while those that are stored are looked through is in nobody's way.
+func TestTemplateGoesMeanwhile(t *testing.T) {
+	b := newTemplateBed(t, enabled())
+	gone, kept := b.get(1, "a").key, b.get(2, "a").key
+	entries, err := os.ReadDir(b.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.drop(gone)
+	all, err := b.stored(entries)
+	if err != nil || len(all) != 1 || all[0].name != kept || all[0].data != 2*pageBytes {
+		t.Errorf("stored are %+v, %v; want %s alone", all, err, kept)
 	}
 }
 

@@ -71,6 +71,9 @@ func (s *vmService) Pause(ctx context.Context, req *vmpb.PauseRequest) (*vmpb.Pa
 	if err != nil {
 		return nil, err
 	}
+	if err := g.uncaptured(); err != nil {
+		return nil, err
+	}
 	g.log.Info("paused by an administrator")
 	return &vmpb.PauseResponse{}, g.vm.Pause(ctx)
 }
@@ -81,8 +84,8 @@ func (s *vmService) Resume(ctx context.Context, req *vmpb.ResumeRequest) (*vmpb.
 	if err != nil {
 		return nil, err
 	}
-	if g.pod.cut.Load() != nil {
-		return nil, fmt.Errorf("a checkpoint of the pod is being taken, after which it goes on by itself: %w", errdefs.ErrFailedPrecondition)
+	if err := errors.Join(g.uncaptured(), g.started()); err != nil {
+		return nil, err
 	}
 	g.log.Info("resumed by an administrator")
 	return &vmpb.ResumeResponse{}, g.vm.Resume(ctx)
@@ -92,6 +95,9 @@ func (s *vmService) Resume(ctx context.Context, req *vmpb.ResumeRequest) (*vmpb.
 func (s *vmService) Reset(ctx context.Context, req *vmpb.ResetRequest) (*vmpb.ResetResponse, error) {
 	g, err := s.rt.findMachine(req.GetVm(), "reset")
 	if err != nil {
+		return nil, err
+	}
+	if err := errors.Join(g.uncaptured(), g.started()); err != nil {
 		return nil, err
 	}
 	g.log.Info("reset by an administrator")
@@ -105,6 +111,9 @@ func (s *vmService) Reset(ctx context.Context, req *vmpb.ResetRequest) (*vmpb.Re
 func (s *vmService) Reboot(ctx context.Context, req *vmpb.RebootRequest) (*vmpb.RebootResponse, error) {
 	g, err := s.rt.findMachine(req.GetVm(), "rebooted")
 	if err != nil {
+		return nil, err
+	}
+	if err := g.uncaptured(); err != nil {
 		return nil, err
 	}
 	g.log.Info("rebooted by an administrator")
@@ -156,7 +165,7 @@ func (s *vmService) Snapshot(ctx context.Context, req *vmpb.SnapshotRequest) (_ 
 	}
 	defer func() { err = errors.Join(err, w.Close()) }()
 	g.log.Info("saved by an administrator", "directory", req.GetDirectory())
-	return &vmpb.SnapshotResponse{}, g.pod.checkpoint(ctx, running, w)
+	return &vmpb.SnapshotResponse{}, g.pod.checkpoint(ctx, running, w, func(*checkpointMachine) error { return nil })
 }
 
 // Restore makes a machine what it was at a snapshot.
@@ -183,6 +192,9 @@ func (s *vmService) Restore(ctx context.Context, req *vmpb.RestoreRequest) (_ *v
 func (s *vmService) Clone(ctx context.Context, req *vmpb.CloneRequest) (*vmpb.CloneResponse, error) {
 	g, err := s.rt.findMachine(req.GetVm(), "cloned: it has no disk of its own")
 	if err != nil {
+		return nil, err
+	}
+	if err := g.uncaptured(); err != nil {
 		return nil, err
 	}
 	g.log.Info("cloned by an administrator", "file", req.GetFile())
@@ -222,13 +234,7 @@ func (s *vmService) Console(stream vmpb.VMService_ConsoleServer) error {
 		s.pumps.Go(func() { to.CloseWithError(pump(to, typedOn(stream))) })
 		in = from
 	}
-	if err := c.attachConsole(stream.Context(), in, out, int(open.GetReplayLines())); err != nil || stream.Context().Err() != nil {
-		return err
-	}
-	if c.rec.Status().running() {
-		return fmt.Errorf("the console writes faster than its reader takes; open it again: %w", errdefs.ErrResourceExhausted)
-	}
-	return nil
+	return c.attachConsole(stream.Context(), in, out, int(open.GetReplayLines()))
 }
 
 var errNotOpened = fmt.Errorf("the stream's first message has to open it: %w", errdefs.ErrInvalidArgument)

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -17,6 +18,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/vmruntime/vmruntime/agent/agentpb"
+	"github.com/vmruntime/vmruntime/qemu"
 	"github.com/vmruntime/vmruntime/runtime/state"
 	"github.com/vmruntime/vmruntime/runtime/vmpb"
 )
@@ -203,5 +205,29 @@ func TestAdminServer(t *testing.T) {
 	s.Stop(stop)
 	if err := <-served; err != nil {
 		t.Error(err)
+	}
+}
+
+// A VM that is being saved is left alone.
+func TestSavedIsLeftAlone(t *testing.T) {
+	rt := withPods(t)
+	p, err := rt.findVM("aa1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.setGuest(&guest{pod: p, vm: &qemu.VM{}, machine: newMachineParts("cc1"), log: rt.log})
+	cut := context.CancelCauseFunc(func(error) {})
+	p.cut.Store(&cut)
+	s := &vmService{rt: rt}
+	for what, ask := range map[string]func() error{
+		"pause":  func() error { _, err := s.Pause(t.Context(), &vmpb.PauseRequest{Vm: "aa1"}); return err },
+		"resume": func() error { _, err := s.Resume(t.Context(), &vmpb.ResumeRequest{Vm: "aa1"}); return err },
+		"reset":  func() error { _, err := s.Reset(t.Context(), &vmpb.ResetRequest{Vm: "aa1"}); return err },
+		"reboot": func() error { _, err := s.Reboot(t.Context(), &vmpb.RebootRequest{Vm: "aa1"}); return err },
+		"clone":  func() error { _, err := s.Clone(t.Context(), &vmpb.CloneRequest{Vm: "aa1"}); return err },
+	} {
+		if err := ask(); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "a checkpoint of the pod is being taken") {
+			t.Errorf("%s: %v", what, err)
+		}
 	}
 }

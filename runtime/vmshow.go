@@ -21,8 +21,9 @@ const (
 	// statePaused is QEMU's word for a guest that was told to stand still, stateRunning for one that was not.
 	statePaused  = "paused"
 	stateRunning = "running"
-	// stateSaved is its word for one that stands still since its state was saved.
-	stateSaved = "postmigrate"
+	// stateSaved is its word for one that stands still since its state was saved, stateSaving until a moment after that.
+	stateSaved  = "postmigrate"
+	stateSaving = "finish-migrate"
 	// clockTick is the unit of times in /proc/PID/stat, 1/USER_HZ, which is the same on all architectures of ours.
 	clockTick = 10 * time.Millisecond
 )

@@ -124,7 +124,7 @@ func (x OutputChunk_Stream) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use OutputChunk_Stream.Descriptor instead.
 func (OutputChunk_Stream) EnumDescriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{29, 0}
+	return file_agent_proto_rawDescGZIP(), []int{31, 0}
 }
 
 type Empty struct {
@@ -324,7 +324,9 @@ type ConfigureSandboxRequest struct {
 	// bound to their driver anew, which gives them the hardware addresses and abilities of this host's.
 	Restored bool `protobuf:"varint,15,opt,name=restored,proto3" json:"restored,omitempty"`
 	// How many huge pages of 2 MiB are reserved. The guest has memory for them beside what it otherwise needs.
-	HugePages     int64 `protobuf:"varint,16,opt,name=huge_pages,json=hugePages,proto3" json:"huge_pages,omitempty"`
+	HugePages int64 `protobuf:"varint,16,opt,name=huge_pages,json=hugePages,proto3" json:"huge_pages,omitempty"`
+	// Gives devices the hardware addresses of the pod's interfaces first: of a guest that began before its pod was known.
+	Hardware      []*HardwareAddress `protobuf:"bytes,17,rep,name=hardware,proto3" json:"hardware,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -471,6 +473,13 @@ func (x *ConfigureSandboxRequest) GetHugePages() int64 {
 	return 0
 }
 
+func (x *ConfigureSandboxRequest) GetHardware() []*HardwareAddress {
+	if x != nil {
+		return x.Hardware
+	}
+	return nil
+}
+
 // IDRange are count user or group IDs from first.
 type IDRange struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -560,20 +569,75 @@ func (*PrepareRequest) Descriptor() ([]byte, []int) {
 	return file_agent_proto_rawDescGZIP(), []int{5}
 }
 
+type StandbyRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What ConfigureSandbox will be told of the same name.
+	ScratchDisk   string `protobuf:"bytes,1,opt,name=scratch_disk,json=scratchDisk,proto3" json:"scratch_disk,omitempty"`
+	ShmSizeBytes  int64  `protobuf:"varint,2,opt,name=shm_size_bytes,json=shmSizeBytes,proto3" json:"shm_size_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StandbyRequest) Reset() {
+	*x = StandbyRequest{}
+	mi := &file_agent_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StandbyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StandbyRequest) ProtoMessage() {}
+
+func (x *StandbyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StandbyRequest.ProtoReflect.Descriptor instead.
+func (*StandbyRequest) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *StandbyRequest) GetScratchDisk() string {
+	if x != nil {
+		return x.ScratchDisk
+	}
+	return ""
+}
+
+func (x *StandbyRequest) GetShmSizeBytes() int64 {
+	if x != nil {
+		return x.ShmSizeBytes
+	}
+	return 0
+}
+
 type ResizeRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// So many processors are to be online, the first ones: those that have been plugged in are waited for, until the call's deadline.
 	// 0 leaves them as they are.
 	Processors int32 `protobuf:"varint,1,opt,name=processors,proto3" json:"processors,omitempty"`
 	// Loads the drivers of the devices that give memory and take it back, and has memory that comes put to use.
-	Memory        bool `protobuf:"varint,2,opt,name=memory,proto3" json:"memory,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Memory bool `protobuf:"varint,2,opt,name=memory,proto3" json:"memory,omitempty"`
+	// So much more memory than at boot has been taken by the drivers, in bytes; the call waits a moment for the kernel to use it.
+	MoreMemoryBytes int64 `protobuf:"varint,3,opt,name=more_memory_bytes,json=moreMemoryBytes,proto3" json:"more_memory_bytes,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *ResizeRequest) Reset() {
 	*x = ResizeRequest{}
-	mi := &file_agent_proto_msgTypes[6]
+	mi := &file_agent_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -585,7 +649,7 @@ func (x *ResizeRequest) String() string {
 func (*ResizeRequest) ProtoMessage() {}
 
 func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[6]
+	mi := &file_agent_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -598,7 +662,7 @@ func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeRequest.ProtoReflect.Descriptor instead.
 func (*ResizeRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{6}
+	return file_agent_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ResizeRequest) GetProcessors() int32 {
@@ -615,6 +679,13 @@ func (x *ResizeRequest) GetMemory() bool {
 	return false
 }
 
+func (x *ResizeRequest) GetMoreMemoryBytes() int64 {
+	if x != nil {
+		return x.MoreMemoryBytes
+	}
+	return 0
+}
+
 type Interface struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -629,7 +700,7 @@ type Interface struct {
 
 func (x *Interface) Reset() {
 	*x = Interface{}
-	mi := &file_agent_proto_msgTypes[7]
+	mi := &file_agent_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -641,7 +712,7 @@ func (x *Interface) String() string {
 func (*Interface) ProtoMessage() {}
 
 func (x *Interface) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[7]
+	mi := &file_agent_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -654,7 +725,7 @@ func (x *Interface) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Interface.ProtoReflect.Descriptor instead.
 func (*Interface) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{7}
+	return file_agent_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Interface) GetName() string {
@@ -706,7 +777,7 @@ type Route struct {
 
 func (x *Route) Reset() {
 	*x = Route{}
-	mi := &file_agent_proto_msgTypes[8]
+	mi := &file_agent_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -718,7 +789,7 @@ func (x *Route) String() string {
 func (*Route) ProtoMessage() {}
 
 func (x *Route) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[8]
+	mi := &file_agent_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -731,7 +802,7 @@ func (x *Route) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Route.ProtoReflect.Descriptor instead.
 func (*Route) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{8}
+	return file_agent_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Route) GetDestination() string {
@@ -809,7 +880,7 @@ type Neighbor struct {
 
 func (x *Neighbor) Reset() {
 	*x = Neighbor{}
-	mi := &file_agent_proto_msgTypes[9]
+	mi := &file_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -821,7 +892,7 @@ func (x *Neighbor) String() string {
 func (*Neighbor) ProtoMessage() {}
 
 func (x *Neighbor) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[9]
+	mi := &file_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -834,7 +905,7 @@ func (x *Neighbor) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Neighbor.ProtoReflect.Descriptor instead.
 func (*Neighbor) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{9}
+	return file_agent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Neighbor) GetAddress() string {
@@ -871,7 +942,7 @@ type PutFilesRequest struct {
 
 func (x *PutFilesRequest) Reset() {
 	*x = PutFilesRequest{}
-	mi := &file_agent_proto_msgTypes[10]
+	mi := &file_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -883,7 +954,7 @@ func (x *PutFilesRequest) String() string {
 func (*PutFilesRequest) ProtoMessage() {}
 
 func (x *PutFilesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[10]
+	mi := &file_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -896,7 +967,7 @@ func (x *PutFilesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutFilesRequest.ProtoReflect.Descriptor instead.
 func (*PutFilesRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{10}
+	return file_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *PutFilesRequest) GetName() string {
@@ -936,7 +1007,7 @@ type FileEntry struct {
 
 func (x *FileEntry) Reset() {
 	*x = FileEntry{}
-	mi := &file_agent_proto_msgTypes[11]
+	mi := &file_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -948,7 +1019,7 @@ func (x *FileEntry) String() string {
 func (*FileEntry) ProtoMessage() {}
 
 func (x *FileEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[11]
+	mi := &file_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -961,7 +1032,7 @@ func (x *FileEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileEntry.ProtoReflect.Descriptor instead.
 func (*FileEntry) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{11}
+	return file_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *FileEntry) GetPath() string {
@@ -1016,7 +1087,7 @@ type GetFileRequest struct {
 
 func (x *GetFileRequest) Reset() {
 	*x = GetFileRequest{}
-	mi := &file_agent_proto_msgTypes[12]
+	mi := &file_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1028,7 +1099,7 @@ func (x *GetFileRequest) String() string {
 func (*GetFileRequest) ProtoMessage() {}
 
 func (x *GetFileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[12]
+	mi := &file_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1041,7 +1112,7 @@ func (x *GetFileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetFileRequest.ProtoReflect.Descriptor instead.
 func (*GetFileRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{12}
+	return file_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *GetFileRequest) GetPath() string {
@@ -1067,7 +1138,7 @@ type GetFileResponse struct {
 
 func (x *GetFileResponse) Reset() {
 	*x = GetFileResponse{}
-	mi := &file_agent_proto_msgTypes[13]
+	mi := &file_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1079,7 +1150,7 @@ func (x *GetFileResponse) String() string {
 func (*GetFileResponse) ProtoMessage() {}
 
 func (x *GetFileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[13]
+	mi := &file_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1092,7 +1163,7 @@ func (x *GetFileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetFileResponse.ProtoReflect.Descriptor instead.
 func (*GetFileResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{13}
+	return file_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *GetFileResponse) GetData() []byte {
@@ -1111,7 +1182,7 @@ type MountShareRequest struct {
 
 func (x *MountShareRequest) Reset() {
 	*x = MountShareRequest{}
-	mi := &file_agent_proto_msgTypes[14]
+	mi := &file_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1123,7 +1194,7 @@ func (x *MountShareRequest) String() string {
 func (*MountShareRequest) ProtoMessage() {}
 
 func (x *MountShareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[14]
+	mi := &file_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1136,7 +1207,7 @@ func (x *MountShareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MountShareRequest.ProtoReflect.Descriptor instead.
 func (*MountShareRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{14}
+	return file_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *MountShareRequest) GetTag() string {
@@ -1168,14 +1239,15 @@ type CreateContainerRequest struct {
 	// mount that they are entered by: entering them here first keeps them writable below a mount that is read-only.
 	Submounts []string `protobuf:"bytes,11,rep,name=submounts,proto3" json:"submounts,omitempty"`
 	// Mounted at /run/vm/hugepages/NAME before the container is made, once.
-	HugeVolumes   []*HugeVolume `protobuf:"bytes,12,rep,name=huge_volumes,json=hugeVolumes,proto3" json:"huge_volumes,omitempty"`
+	HugeVolumes   []*HugeVolume  `protobuf:"bytes,12,rep,name=huge_volumes,json=hugeVolumes,proto3" json:"huge_volumes,omitempty"`
+	BlockDevices  []*BlockDevice `protobuf:"bytes,13,rep,name=block_devices,json=blockDevices,proto3" json:"block_devices,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CreateContainerRequest) Reset() {
 	*x = CreateContainerRequest{}
-	mi := &file_agent_proto_msgTypes[15]
+	mi := &file_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1187,7 +1259,7 @@ func (x *CreateContainerRequest) String() string {
 func (*CreateContainerRequest) ProtoMessage() {}
 
 func (x *CreateContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[15]
+	mi := &file_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1200,7 +1272,7 @@ func (x *CreateContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateContainerRequest.ProtoReflect.Descriptor instead.
 func (*CreateContainerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{15}
+	return file_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *CreateContainerRequest) GetId() string {
@@ -1287,6 +1359,101 @@ func (x *CreateContainerRequest) GetHugeVolumes() []*HugeVolume {
 	return nil
 }
 
+func (x *CreateContainerRequest) GetBlockDevices() []*BlockDevice {
+	if x != nil {
+		return x.BlockDevices
+	}
+	return nil
+}
+
+// BlockDevice is a disk of the guest that a container has as a device node.
+type BlockDevice struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Serial of the disk.
+	Disk string `protobuf:"bytes,1,opt,name=disk,proto3" json:"disk,omitempty"`
+	Path string `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	// Some of r, w and m, as in the devices controller of cgroups.
+	Access string `protobuf:"bytes,3,opt,name=access,proto3" json:"access,omitempty"`
+	// Permission bits as in inode(7).
+	Mode          uint32 `protobuf:"varint,4,opt,name=mode,proto3" json:"mode,omitempty"`
+	Uid           uint32 `protobuf:"varint,5,opt,name=uid,proto3" json:"uid,omitempty"`
+	Gid           uint32 `protobuf:"varint,6,opt,name=gid,proto3" json:"gid,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BlockDevice) Reset() {
+	*x = BlockDevice{}
+	mi := &file_agent_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BlockDevice) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BlockDevice) ProtoMessage() {}
+
+func (x *BlockDevice) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BlockDevice.ProtoReflect.Descriptor instead.
+func (*BlockDevice) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *BlockDevice) GetDisk() string {
+	if x != nil {
+		return x.Disk
+	}
+	return ""
+}
+
+func (x *BlockDevice) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *BlockDevice) GetAccess() string {
+	if x != nil {
+		return x.Access
+	}
+	return ""
+}
+
+func (x *BlockDevice) GetMode() uint32 {
+	if x != nil {
+		return x.Mode
+	}
+	return 0
+}
+
+func (x *BlockDevice) GetUid() uint32 {
+	if x != nil {
+		return x.Uid
+	}
+	return 0
+}
+
+func (x *BlockDevice) GetGid() uint32 {
+	if x != nil {
+		return x.Gid
+	}
+	return 0
+}
+
 // HugeVolume is a hugetlbfs of 2 MiB pages, empty at first, that containers share.
 type HugeVolume struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1301,7 +1468,7 @@ type HugeVolume struct {
 
 func (x *HugeVolume) Reset() {
 	*x = HugeVolume{}
-	mi := &file_agent_proto_msgTypes[16]
+	mi := &file_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1313,7 +1480,7 @@ func (x *HugeVolume) String() string {
 func (*HugeVolume) ProtoMessage() {}
 
 func (x *HugeVolume) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[16]
+	mi := &file_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1326,7 +1493,7 @@ func (x *HugeVolume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HugeVolume.ProtoReflect.Descriptor instead.
 func (*HugeVolume) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{16}
+	return file_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *HugeVolume) GetName() string {
@@ -1367,7 +1534,7 @@ type ImageMount struct {
 
 func (x *ImageMount) Reset() {
 	*x = ImageMount{}
-	mi := &file_agent_proto_msgTypes[17]
+	mi := &file_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1379,7 +1546,7 @@ func (x *ImageMount) String() string {
 func (*ImageMount) ProtoMessage() {}
 
 func (x *ImageMount) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[17]
+	mi := &file_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1392,7 +1559,7 @@ func (x *ImageMount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageMount.ProtoReflect.Descriptor instead.
 func (*ImageMount) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{17}
+	return file_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ImageMount) GetName() string {
@@ -1418,7 +1585,7 @@ type StartContainerRequest struct {
 
 func (x *StartContainerRequest) Reset() {
 	*x = StartContainerRequest{}
-	mi := &file_agent_proto_msgTypes[18]
+	mi := &file_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1430,7 +1597,7 @@ func (x *StartContainerRequest) String() string {
 func (*StartContainerRequest) ProtoMessage() {}
 
 func (x *StartContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[18]
+	mi := &file_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1443,7 +1610,7 @@ func (x *StartContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartContainerRequest.ProtoReflect.Descriptor instead.
 func (*StartContainerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{18}
+	return file_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *StartContainerRequest) GetId() string {
@@ -1463,7 +1630,7 @@ type StartContainerResponse struct {
 
 func (x *StartContainerResponse) Reset() {
 	*x = StartContainerResponse{}
-	mi := &file_agent_proto_msgTypes[19]
+	mi := &file_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1475,7 +1642,7 @@ func (x *StartContainerResponse) String() string {
 func (*StartContainerResponse) ProtoMessage() {}
 
 func (x *StartContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[19]
+	mi := &file_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1488,7 +1655,7 @@ func (x *StartContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartContainerResponse.ProtoReflect.Descriptor instead.
 func (*StartContainerResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{19}
+	return file_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *StartContainerResponse) GetPid() int32 {
@@ -1516,7 +1683,7 @@ type UpdateContainerRequest struct {
 
 func (x *UpdateContainerRequest) Reset() {
 	*x = UpdateContainerRequest{}
-	mi := &file_agent_proto_msgTypes[20]
+	mi := &file_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1528,7 +1695,7 @@ func (x *UpdateContainerRequest) String() string {
 func (*UpdateContainerRequest) ProtoMessage() {}
 
 func (x *UpdateContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[20]
+	mi := &file_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1541,7 +1708,7 @@ func (x *UpdateContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateContainerRequest.ProtoReflect.Descriptor instead.
 func (*UpdateContainerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{20}
+	return file_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *UpdateContainerRequest) GetId() string {
@@ -1567,7 +1734,7 @@ type RemoveContainerRequest struct {
 
 func (x *RemoveContainerRequest) Reset() {
 	*x = RemoveContainerRequest{}
-	mi := &file_agent_proto_msgTypes[21]
+	mi := &file_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1579,7 +1746,7 @@ func (x *RemoveContainerRequest) String() string {
 func (*RemoveContainerRequest) ProtoMessage() {}
 
 func (x *RemoveContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[21]
+	mi := &file_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1592,7 +1759,7 @@ func (x *RemoveContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveContainerRequest.ProtoReflect.Descriptor instead.
 func (*RemoveContainerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{21}
+	return file_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *RemoveContainerRequest) GetId() string {
@@ -1613,7 +1780,7 @@ type ProcessRef struct {
 
 func (x *ProcessRef) Reset() {
 	*x = ProcessRef{}
-	mi := &file_agent_proto_msgTypes[22]
+	mi := &file_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1625,7 +1792,7 @@ func (x *ProcessRef) String() string {
 func (*ProcessRef) ProtoMessage() {}
 
 func (x *ProcessRef) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[22]
+	mi := &file_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1638,7 +1805,7 @@ func (x *ProcessRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProcessRef.ProtoReflect.Descriptor instead.
 func (*ProcessRef) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{22}
+	return file_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ProcessRef) GetContainerId() string {
@@ -1670,7 +1837,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_agent_proto_msgTypes[23]
+	mi := &file_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1682,7 +1849,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[23]
+	mi := &file_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1695,7 +1862,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{23}
+	return file_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ExecRequest) GetContainerId() string {
@@ -1735,7 +1902,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_agent_proto_msgTypes[24]
+	mi := &file_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1747,7 +1914,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[24]
+	mi := &file_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1760,7 +1927,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{24}
+	return file_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ExecResponse) GetPid() int32 {
@@ -1782,7 +1949,7 @@ type SignalRequest struct {
 
 func (x *SignalRequest) Reset() {
 	*x = SignalRequest{}
-	mi := &file_agent_proto_msgTypes[25]
+	mi := &file_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1794,7 +1961,7 @@ func (x *SignalRequest) String() string {
 func (*SignalRequest) ProtoMessage() {}
 
 func (x *SignalRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[25]
+	mi := &file_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1807,7 +1974,7 @@ func (x *SignalRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalRequest.ProtoReflect.Descriptor instead.
 func (*SignalRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{25}
+	return file_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *SignalRequest) GetProcess() *ProcessRef {
@@ -1850,7 +2017,7 @@ type ProcessState struct {
 
 func (x *ProcessState) Reset() {
 	*x = ProcessState{}
-	mi := &file_agent_proto_msgTypes[26]
+	mi := &file_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1862,7 +2029,7 @@ func (x *ProcessState) String() string {
 func (*ProcessState) ProtoMessage() {}
 
 func (x *ProcessState) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[26]
+	mi := &file_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1875,7 +2042,7 @@ func (x *ProcessState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProcessState.ProtoReflect.Descriptor instead.
 func (*ProcessState) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{26}
+	return file_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ProcessState) GetContainerId() string {
@@ -1956,7 +2123,7 @@ type ReadOutputRequest struct {
 
 func (x *ReadOutputRequest) Reset() {
 	*x = ReadOutputRequest{}
-	mi := &file_agent_proto_msgTypes[27]
+	mi := &file_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1968,7 +2135,7 @@ func (x *ReadOutputRequest) String() string {
 func (*ReadOutputRequest) ProtoMessage() {}
 
 func (x *ReadOutputRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[27]
+	mi := &file_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1981,7 +2148,7 @@ func (x *ReadOutputRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadOutputRequest.ProtoReflect.Descriptor instead.
 func (*ReadOutputRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{27}
+	return file_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ReadOutputRequest) GetProcess() *ProcessRef {
@@ -2040,7 +2207,7 @@ type ReadOutputResponse struct {
 
 func (x *ReadOutputResponse) Reset() {
 	*x = ReadOutputResponse{}
-	mi := &file_agent_proto_msgTypes[28]
+	mi := &file_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2052,7 +2219,7 @@ func (x *ReadOutputResponse) String() string {
 func (*ReadOutputResponse) ProtoMessage() {}
 
 func (x *ReadOutputResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[28]
+	mi := &file_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2065,7 +2232,7 @@ func (x *ReadOutputResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadOutputResponse.ProtoReflect.Descriptor instead.
 func (*ReadOutputResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{28}
+	return file_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ReadOutputResponse) GetChunks() []*OutputChunk {
@@ -2102,7 +2269,7 @@ type OutputChunk struct {
 
 func (x *OutputChunk) Reset() {
 	*x = OutputChunk{}
-	mi := &file_agent_proto_msgTypes[29]
+	mi := &file_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2114,7 +2281,7 @@ func (x *OutputChunk) String() string {
 func (*OutputChunk) ProtoMessage() {}
 
 func (x *OutputChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[29]
+	mi := &file_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2127,7 +2294,7 @@ func (x *OutputChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputChunk.ProtoReflect.Descriptor instead.
 func (*OutputChunk) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{29}
+	return file_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *OutputChunk) GetStream() OutputChunk_Stream {
@@ -2168,7 +2335,7 @@ type WriteStdinRequest struct {
 
 func (x *WriteStdinRequest) Reset() {
 	*x = WriteStdinRequest{}
-	mi := &file_agent_proto_msgTypes[30]
+	mi := &file_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2180,7 +2347,7 @@ func (x *WriteStdinRequest) String() string {
 func (*WriteStdinRequest) ProtoMessage() {}
 
 func (x *WriteStdinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[30]
+	mi := &file_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2193,7 +2360,7 @@ func (x *WriteStdinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteStdinRequest.ProtoReflect.Descriptor instead.
 func (*WriteStdinRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{30}
+	return file_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *WriteStdinRequest) GetProcess() *ProcessRef {
@@ -2219,7 +2386,7 @@ type WriteStdinResponse struct {
 
 func (x *WriteStdinResponse) Reset() {
 	*x = WriteStdinResponse{}
-	mi := &file_agent_proto_msgTypes[31]
+	mi := &file_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2231,7 +2398,7 @@ func (x *WriteStdinResponse) String() string {
 func (*WriteStdinResponse) ProtoMessage() {}
 
 func (x *WriteStdinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[31]
+	mi := &file_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2244,7 +2411,7 @@ func (x *WriteStdinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteStdinResponse.ProtoReflect.Descriptor instead.
 func (*WriteStdinResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{31}
+	return file_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *WriteStdinResponse) GetWritten() int64 {
@@ -2265,7 +2432,7 @@ type ResizeTerminalRequest struct {
 
 func (x *ResizeTerminalRequest) Reset() {
 	*x = ResizeTerminalRequest{}
-	mi := &file_agent_proto_msgTypes[32]
+	mi := &file_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2277,7 +2444,7 @@ func (x *ResizeTerminalRequest) String() string {
 func (*ResizeTerminalRequest) ProtoMessage() {}
 
 func (x *ResizeTerminalRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[32]
+	mi := &file_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2290,7 +2457,7 @@ func (x *ResizeTerminalRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeTerminalRequest.ProtoReflect.Descriptor instead.
 func (*ResizeTerminalRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{32}
+	return file_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ResizeTerminalRequest) GetProcess() *ProcessRef {
@@ -2323,7 +2490,7 @@ type FreezeRequest struct {
 
 func (x *FreezeRequest) Reset() {
 	*x = FreezeRequest{}
-	mi := &file_agent_proto_msgTypes[33]
+	mi := &file_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2335,7 +2502,7 @@ func (x *FreezeRequest) String() string {
 func (*FreezeRequest) ProtoMessage() {}
 
 func (x *FreezeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[33]
+	mi := &file_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2348,7 +2515,7 @@ func (x *FreezeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FreezeRequest.ProtoReflect.Descriptor instead.
 func (*FreezeRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{33}
+	return file_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *FreezeRequest) GetContainerIds() []string {
@@ -2367,7 +2534,7 @@ type FreezeResponse struct {
 
 func (x *FreezeResponse) Reset() {
 	*x = FreezeResponse{}
-	mi := &file_agent_proto_msgTypes[34]
+	mi := &file_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2379,7 +2546,7 @@ func (x *FreezeResponse) String() string {
 func (*FreezeResponse) ProtoMessage() {}
 
 func (x *FreezeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[34]
+	mi := &file_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2392,7 +2559,7 @@ func (x *FreezeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FreezeResponse.ProtoReflect.Descriptor instead.
 func (*FreezeResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{34}
+	return file_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *FreezeResponse) GetEnds() []*OutputEnd {
@@ -2414,7 +2581,7 @@ type OutputEnd struct {
 
 func (x *OutputEnd) Reset() {
 	*x = OutputEnd{}
-	mi := &file_agent_proto_msgTypes[35]
+	mi := &file_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2426,7 +2593,7 @@ func (x *OutputEnd) String() string {
 func (*OutputEnd) ProtoMessage() {}
 
 func (x *OutputEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[35]
+	mi := &file_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2439,7 +2606,7 @@ func (x *OutputEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputEnd.ProtoReflect.Descriptor instead.
 func (*OutputEnd) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{35}
+	return file_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *OutputEnd) GetContainerId() string {
@@ -2473,7 +2640,7 @@ type ThawRequest struct {
 
 func (x *ThawRequest) Reset() {
 	*x = ThawRequest{}
-	mi := &file_agent_proto_msgTypes[36]
+	mi := &file_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2485,7 +2652,7 @@ func (x *ThawRequest) String() string {
 func (*ThawRequest) ProtoMessage() {}
 
 func (x *ThawRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[36]
+	mi := &file_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2498,7 +2665,7 @@ func (x *ThawRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ThawRequest.ProtoReflect.Descriptor instead.
 func (*ThawRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{36}
+	return file_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ThawRequest) GetContainerIds() []string {
@@ -2518,7 +2685,7 @@ type AdoptRequest struct {
 
 func (x *AdoptRequest) Reset() {
 	*x = AdoptRequest{}
-	mi := &file_agent_proto_msgTypes[37]
+	mi := &file_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2530,7 +2697,7 @@ func (x *AdoptRequest) String() string {
 func (*AdoptRequest) ProtoMessage() {}
 
 func (x *AdoptRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[37]
+	mi := &file_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2543,7 +2710,7 @@ func (x *AdoptRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AdoptRequest.ProtoReflect.Descriptor instead.
 func (*AdoptRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{37}
+	return file_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *AdoptRequest) GetSandbox() *ConfigureSandboxRequest {
@@ -2571,7 +2738,7 @@ type HardwareAddress struct {
 
 func (x *HardwareAddress) Reset() {
 	*x = HardwareAddress{}
-	mi := &file_agent_proto_msgTypes[38]
+	mi := &file_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2583,7 +2750,7 @@ func (x *HardwareAddress) String() string {
 func (*HardwareAddress) ProtoMessage() {}
 
 func (x *HardwareAddress) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[38]
+	mi := &file_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2596,7 +2763,7 @@ func (x *HardwareAddress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HardwareAddress.ProtoReflect.Descriptor instead.
 func (*HardwareAddress) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{38}
+	return file_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *HardwareAddress) GetOld() string {
@@ -2621,7 +2788,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_agent_proto_msgTypes[39]
+	mi := &file_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2633,7 +2800,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[39]
+	mi := &file_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2646,7 +2813,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{39}
+	return file_agent_proto_rawDescGZIP(), []int{41}
 }
 
 type ListResponse struct {
@@ -2658,7 +2825,7 @@ type ListResponse struct {
 
 func (x *ListResponse) Reset() {
 	*x = ListResponse{}
-	mi := &file_agent_proto_msgTypes[40]
+	mi := &file_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2670,7 +2837,7 @@ func (x *ListResponse) String() string {
 func (*ListResponse) ProtoMessage() {}
 
 func (x *ListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[40]
+	mi := &file_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2683,7 +2850,7 @@ func (x *ListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListResponse.ProtoReflect.Descriptor instead.
 func (*ListResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{40}
+	return file_agent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ListResponse) GetProcesses() []*ProcessState {
@@ -2705,7 +2872,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_agent_proto_msgTypes[41]
+	mi := &file_agent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2717,7 +2884,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[41]
+	mi := &file_agent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2730,7 +2897,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{41}
+	return file_agent_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *StatsRequest) GetContainerIds() []string {
@@ -2759,7 +2926,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_agent_proto_msgTypes[42]
+	mi := &file_agent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2771,7 +2938,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[42]
+	mi := &file_agent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2784,7 +2951,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{42}
+	return file_agent_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *StatsResponse) GetTimeUnixNano() int64 {
@@ -2827,7 +2994,7 @@ type ContainerStats struct {
 
 func (x *ContainerStats) Reset() {
 	*x = ContainerStats{}
-	mi := &file_agent_proto_msgTypes[43]
+	mi := &file_agent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2839,7 +3006,7 @@ func (x *ContainerStats) String() string {
 func (*ContainerStats) ProtoMessage() {}
 
 func (x *ContainerStats) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[43]
+	mi := &file_agent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2852,7 +3019,7 @@ func (x *ContainerStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerStats.ProtoReflect.Descriptor instead.
 func (*ContainerStats) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{43}
+	return file_agent_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ContainerStats) GetId() string {
@@ -2959,7 +3126,7 @@ type CgroupStats struct {
 
 func (x *CgroupStats) Reset() {
 	*x = CgroupStats{}
-	mi := &file_agent_proto_msgTypes[44]
+	mi := &file_agent_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2971,7 +3138,7 @@ func (x *CgroupStats) String() string {
 func (*CgroupStats) ProtoMessage() {}
 
 func (x *CgroupStats) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[44]
+	mi := &file_agent_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2984,7 +3151,7 @@ func (x *CgroupStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CgroupStats.ProtoReflect.Descriptor instead.
 func (*CgroupStats) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{44}
+	return file_agent_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *CgroupStats) GetCpuUsageNano() uint64 {
@@ -3205,7 +3372,7 @@ type DiskIO struct {
 
 func (x *DiskIO) Reset() {
 	*x = DiskIO{}
-	mi := &file_agent_proto_msgTypes[45]
+	mi := &file_agent_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3217,7 +3384,7 @@ func (x *DiskIO) String() string {
 func (*DiskIO) ProtoMessage() {}
 
 func (x *DiskIO) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[45]
+	mi := &file_agent_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3230,7 +3397,7 @@ func (x *DiskIO) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiskIO.ProtoReflect.Descriptor instead.
 func (*DiskIO) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{45}
+	return file_agent_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *DiskIO) GetDevice() string {
@@ -3279,7 +3446,7 @@ type Pressure struct {
 
 func (x *Pressure) Reset() {
 	*x = Pressure{}
-	mi := &file_agent_proto_msgTypes[46]
+	mi := &file_agent_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3291,7 +3458,7 @@ func (x *Pressure) String() string {
 func (*Pressure) ProtoMessage() {}
 
 func (x *Pressure) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[46]
+	mi := &file_agent_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3304,7 +3471,7 @@ func (x *Pressure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pressure.ProtoReflect.Descriptor instead.
 func (*Pressure) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{46}
+	return file_agent_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *Pressure) GetSome() *PressureLine {
@@ -3333,7 +3500,7 @@ type PressureLine struct {
 
 func (x *PressureLine) Reset() {
 	*x = PressureLine{}
-	mi := &file_agent_proto_msgTypes[47]
+	mi := &file_agent_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3345,7 +3512,7 @@ func (x *PressureLine) String() string {
 func (*PressureLine) ProtoMessage() {}
 
 func (x *PressureLine) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[47]
+	mi := &file_agent_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3358,7 +3525,7 @@ func (x *PressureLine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PressureLine.ProtoReflect.Descriptor instead.
 func (*PressureLine) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{47}
+	return file_agent_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *PressureLine) GetAvg10() float64 {
@@ -3400,7 +3567,7 @@ type DialRequest struct {
 
 func (x *DialRequest) Reset() {
 	*x = DialRequest{}
-	mi := &file_agent_proto_msgTypes[48]
+	mi := &file_agent_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3412,7 +3579,7 @@ func (x *DialRequest) String() string {
 func (*DialRequest) ProtoMessage() {}
 
 func (x *DialRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[48]
+	mi := &file_agent_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3425,7 +3592,7 @@ func (x *DialRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DialRequest.ProtoReflect.Descriptor instead.
 func (*DialRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{48}
+	return file_agent_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *DialRequest) GetNetwork() string {
@@ -3451,7 +3618,7 @@ type DialResponse struct {
 
 func (x *DialResponse) Reset() {
 	*x = DialResponse{}
-	mi := &file_agent_proto_msgTypes[49]
+	mi := &file_agent_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3463,7 +3630,7 @@ func (x *DialResponse) String() string {
 func (*DialResponse) ProtoMessage() {}
 
 func (x *DialResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[49]
+	mi := &file_agent_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3476,7 +3643,7 @@ func (x *DialResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DialResponse.ProtoReflect.Descriptor instead.
 func (*DialResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{49}
+	return file_agent_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *DialResponse) GetConnId() uint64 {
@@ -3496,7 +3663,7 @@ type ConnReadRequest struct {
 
 func (x *ConnReadRequest) Reset() {
 	*x = ConnReadRequest{}
-	mi := &file_agent_proto_msgTypes[50]
+	mi := &file_agent_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3508,7 +3675,7 @@ func (x *ConnReadRequest) String() string {
 func (*ConnReadRequest) ProtoMessage() {}
 
 func (x *ConnReadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[50]
+	mi := &file_agent_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3521,7 +3688,7 @@ func (x *ConnReadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnReadRequest.ProtoReflect.Descriptor instead.
 func (*ConnReadRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{50}
+	return file_agent_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *ConnReadRequest) GetConnId() uint64 {
@@ -3548,7 +3715,7 @@ type ConnReadResponse struct {
 
 func (x *ConnReadResponse) Reset() {
 	*x = ConnReadResponse{}
-	mi := &file_agent_proto_msgTypes[51]
+	mi := &file_agent_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3560,7 +3727,7 @@ func (x *ConnReadResponse) String() string {
 func (*ConnReadResponse) ProtoMessage() {}
 
 func (x *ConnReadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[51]
+	mi := &file_agent_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3573,7 +3740,7 @@ func (x *ConnReadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnReadResponse.ProtoReflect.Descriptor instead.
 func (*ConnReadResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{51}
+	return file_agent_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ConnReadResponse) GetData() []byte {
@@ -3600,7 +3767,7 @@ type ConnWriteRequest struct {
 
 func (x *ConnWriteRequest) Reset() {
 	*x = ConnWriteRequest{}
-	mi := &file_agent_proto_msgTypes[52]
+	mi := &file_agent_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3612,7 +3779,7 @@ func (x *ConnWriteRequest) String() string {
 func (*ConnWriteRequest) ProtoMessage() {}
 
 func (x *ConnWriteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[52]
+	mi := &file_agent_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3625,7 +3792,7 @@ func (x *ConnWriteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnWriteRequest.ProtoReflect.Descriptor instead.
 func (*ConnWriteRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{52}
+	return file_agent_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *ConnWriteRequest) GetConnId() uint64 {
@@ -3653,7 +3820,7 @@ type ConnCloseRequest struct {
 
 func (x *ConnCloseRequest) Reset() {
 	*x = ConnCloseRequest{}
-	mi := &file_agent_proto_msgTypes[53]
+	mi := &file_agent_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3665,7 +3832,7 @@ func (x *ConnCloseRequest) String() string {
 func (*ConnCloseRequest) ProtoMessage() {}
 
 func (x *ConnCloseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[53]
+	mi := &file_agent_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3678,7 +3845,7 @@ func (x *ConnCloseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnCloseRequest.ProtoReflect.Descriptor instead.
 func (*ConnCloseRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{53}
+	return file_agent_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *ConnCloseRequest) GetConnId() uint64 {
@@ -3703,7 +3870,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_agent_proto_msgTypes[54]
+	mi := &file_agent_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3715,7 +3882,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[54]
+	mi := &file_agent_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3728,7 +3895,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{54}
+	return file_agent_proto_rawDescGZIP(), []int{56}
 }
 
 var File_agent_proto protoreflect.FileDescriptor
@@ -3748,7 +3915,7 @@ const file_agent_proto_rawDesc = "" +
 	"\vcpus_online\x18\x05 \x01(\x05R\n" +
 	"cpusOnline\x12,\n" +
 	"\x12memory_total_bytes\x18\x06 \x01(\x03R\x10memoryTotalBytes\x12\x18\n" +
-	"\amachine\x18\a \x01(\bR\amachine\"\x82\x06\n" +
+	"\amachine\x18\a \x01(\bR\amachine\"\xc3\x06\n" +
 	"\x17ConfigureSandboxRequest\x12$\n" +
 	"\x0etime_unix_nano\x18\x01 \x01(\x03R\ftimeUnixNano\x12\x18\n" +
 	"\aentropy\x18\x02 \x01(\fR\aentropy\x12\x1a\n" +
@@ -3770,19 +3937,24 @@ const file_agent_proto_rawDesc = "" +
 	"\x06groups\x18\x0e \x01(\v2\x1b.vmruntime.agent.v1.IDRangeR\x06groups\x12\x1a\n" +
 	"\brestored\x18\x0f \x01(\bR\brestored\x12\x1d\n" +
 	"\n" +
-	"huge_pages\x18\x10 \x01(\x03R\thugePages\x1a:\n" +
+	"huge_pages\x18\x10 \x01(\x03R\thugePages\x12?\n" +
+	"\bhardware\x18\x11 \x03(\v2#.vmruntime.agent.v1.HardwareAddressR\bhardware\x1a:\n" +
 	"\fSysctlsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"5\n" +
 	"\aIDRange\x12\x14\n" +
 	"\x05first\x18\x01 \x01(\rR\x05first\x12\x14\n" +
 	"\x05count\x18\x02 \x01(\rR\x05count\"\x10\n" +
-	"\x0ePrepareRequest\"G\n" +
+	"\x0ePrepareRequest\"Y\n" +
+	"\x0eStandbyRequest\x12!\n" +
+	"\fscratch_disk\x18\x01 \x01(\tR\vscratchDisk\x12$\n" +
+	"\x0eshm_size_bytes\x18\x02 \x01(\x03R\fshmSizeBytes\"s\n" +
 	"\rResizeRequest\x12\x1e\n" +
 	"\n" +
 	"processors\x18\x01 \x01(\x05R\n" +
 	"processors\x12\x16\n" +
-	"\x06memory\x18\x02 \x01(\bR\x06memory\"a\n" +
+	"\x06memory\x18\x02 \x01(\bR\x06memory\x12*\n" +
+	"\x11more_memory_bytes\x18\x03 \x01(\x03R\x0fmoreMemoryBytes\"a\n" +
 	"\tInterface\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
 	"\x03mac\x18\x02 \x01(\tR\x03mac\x12\x10\n" +
@@ -3819,7 +3991,7 @@ const file_agent_proto_rawDesc = "" +
 	"\x0fGetFileResponse\x12\x12\n" +
 	"\x04data\x18\x01 \x01(\fR\x04data\"%\n" +
 	"\x11MountShareRequest\x12\x10\n" +
-	"\x03tag\x18\x01 \x01(\tR\x03tag\"\x84\x04\n" +
+	"\x03tag\x18\x01 \x01(\tR\x03tag\"\xca\x04\n" +
 	"\x16CreateContainerRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x19\n" +
 	"\boci_spec\x18\x02 \x01(\fR\aociSpec\x12\x1f\n" +
@@ -3835,7 +4007,15 @@ const file_agent_proto_rawDesc = "" +
 	"\x13output_buffer_bytes\x18\n" +
 	" \x01(\x03R\x11outputBufferBytes\x12\x1c\n" +
 	"\tsubmounts\x18\v \x03(\tR\tsubmounts\x12A\n" +
-	"\fhuge_volumes\x18\f \x03(\v2\x1e.vmruntime.agent.v1.HugeVolumeR\vhugeVolumes\"X\n" +
+	"\fhuge_volumes\x18\f \x03(\v2\x1e.vmruntime.agent.v1.HugeVolumeR\vhugeVolumes\x12D\n" +
+	"\rblock_devices\x18\r \x03(\v2\x1f.vmruntime.agent.v1.BlockDeviceR\fblockDevices\"\x85\x01\n" +
+	"\vBlockDevice\x12\x12\n" +
+	"\x04disk\x18\x01 \x01(\tR\x04disk\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\x16\n" +
+	"\x06access\x18\x03 \x01(\tR\x06access\x12\x12\n" +
+	"\x04mode\x18\x04 \x01(\rR\x04mode\x12\x10\n" +
+	"\x03uid\x18\x05 \x01(\rR\x03uid\x12\x10\n" +
+	"\x03gid\x18\x06 \x01(\rR\x03gid\"X\n" +
 	"\n" +
 	"HugeVolume\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
@@ -4025,11 +4205,12 @@ const file_agent_proto_rawDesc = "" +
 	"\x17PID_NAMESPACE_CONTAINER\x10\x00\x12\x15\n" +
 	"\x11PID_NAMESPACE_POD\x10\x01\x12\x18\n" +
 	"\x14PID_NAMESPACE_TARGET\x10\x02\x12\x17\n" +
-	"\x13PID_NAMESPACE_GUEST\x10\x032\xa6\x12\n" +
+	"\x13PID_NAMESPACE_GUEST\x10\x032\xf0\x12\n" +
 	"\x05Agent\x12I\n" +
 	"\x04Info\x12\x1f.vmruntime.agent.v1.InfoRequest\x1a .vmruntime.agent.v1.InfoResponse\x12Z\n" +
 	"\x10ConfigureSandbox\x12+.vmruntime.agent.v1.ConfigureSandboxRequest\x1a\x19.vmruntime.agent.v1.Empty\x12H\n" +
-	"\aPrepare\x12\".vmruntime.agent.v1.PrepareRequest\x1a\x19.vmruntime.agent.v1.Empty\x12J\n" +
+	"\aPrepare\x12\".vmruntime.agent.v1.PrepareRequest\x1a\x19.vmruntime.agent.v1.Empty\x12H\n" +
+	"\aStandby\x12\".vmruntime.agent.v1.StandbyRequest\x1a\x19.vmruntime.agent.v1.Empty\x12J\n" +
 	"\bPutFiles\x12#.vmruntime.agent.v1.PutFilesRequest\x1a\x19.vmruntime.agent.v1.Empty\x12R\n" +
 	"\aGetFile\x12\".vmruntime.agent.v1.GetFileRequest\x1a#.vmruntime.agent.v1.GetFileResponse\x12N\n" +
 	"\n" +
@@ -4075,7 +4256,7 @@ func file_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 56)
+var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 58)
 var file_agent_proto_goTypes = []any{
 	(PidNamespace)(0),               // 0: vmruntime.agent.v1.PidNamespace
 	(OutputChunk_Stream)(0),         // 1: vmruntime.agent.v1.OutputChunk.Stream
@@ -4085,151 +4266,157 @@ var file_agent_proto_goTypes = []any{
 	(*ConfigureSandboxRequest)(nil), // 5: vmruntime.agent.v1.ConfigureSandboxRequest
 	(*IDRange)(nil),                 // 6: vmruntime.agent.v1.IDRange
 	(*PrepareRequest)(nil),          // 7: vmruntime.agent.v1.PrepareRequest
-	(*ResizeRequest)(nil),           // 8: vmruntime.agent.v1.ResizeRequest
-	(*Interface)(nil),               // 9: vmruntime.agent.v1.Interface
-	(*Route)(nil),                   // 10: vmruntime.agent.v1.Route
-	(*Neighbor)(nil),                // 11: vmruntime.agent.v1.Neighbor
-	(*PutFilesRequest)(nil),         // 12: vmruntime.agent.v1.PutFilesRequest
-	(*FileEntry)(nil),               // 13: vmruntime.agent.v1.FileEntry
-	(*GetFileRequest)(nil),          // 14: vmruntime.agent.v1.GetFileRequest
-	(*GetFileResponse)(nil),         // 15: vmruntime.agent.v1.GetFileResponse
-	(*MountShareRequest)(nil),       // 16: vmruntime.agent.v1.MountShareRequest
-	(*CreateContainerRequest)(nil),  // 17: vmruntime.agent.v1.CreateContainerRequest
-	(*HugeVolume)(nil),              // 18: vmruntime.agent.v1.HugeVolume
-	(*ImageMount)(nil),              // 19: vmruntime.agent.v1.ImageMount
-	(*StartContainerRequest)(nil),   // 20: vmruntime.agent.v1.StartContainerRequest
-	(*StartContainerResponse)(nil),  // 21: vmruntime.agent.v1.StartContainerResponse
-	(*UpdateContainerRequest)(nil),  // 22: vmruntime.agent.v1.UpdateContainerRequest
-	(*RemoveContainerRequest)(nil),  // 23: vmruntime.agent.v1.RemoveContainerRequest
-	(*ProcessRef)(nil),              // 24: vmruntime.agent.v1.ProcessRef
-	(*ExecRequest)(nil),             // 25: vmruntime.agent.v1.ExecRequest
-	(*ExecResponse)(nil),            // 26: vmruntime.agent.v1.ExecResponse
-	(*SignalRequest)(nil),           // 27: vmruntime.agent.v1.SignalRequest
-	(*ProcessState)(nil),            // 28: vmruntime.agent.v1.ProcessState
-	(*ReadOutputRequest)(nil),       // 29: vmruntime.agent.v1.ReadOutputRequest
-	(*ReadOutputResponse)(nil),      // 30: vmruntime.agent.v1.ReadOutputResponse
-	(*OutputChunk)(nil),             // 31: vmruntime.agent.v1.OutputChunk
-	(*WriteStdinRequest)(nil),       // 32: vmruntime.agent.v1.WriteStdinRequest
-	(*WriteStdinResponse)(nil),      // 33: vmruntime.agent.v1.WriteStdinResponse
-	(*ResizeTerminalRequest)(nil),   // 34: vmruntime.agent.v1.ResizeTerminalRequest
-	(*FreezeRequest)(nil),           // 35: vmruntime.agent.v1.FreezeRequest
-	(*FreezeResponse)(nil),          // 36: vmruntime.agent.v1.FreezeResponse
-	(*OutputEnd)(nil),               // 37: vmruntime.agent.v1.OutputEnd
-	(*ThawRequest)(nil),             // 38: vmruntime.agent.v1.ThawRequest
-	(*AdoptRequest)(nil),            // 39: vmruntime.agent.v1.AdoptRequest
-	(*HardwareAddress)(nil),         // 40: vmruntime.agent.v1.HardwareAddress
-	(*ListRequest)(nil),             // 41: vmruntime.agent.v1.ListRequest
-	(*ListResponse)(nil),            // 42: vmruntime.agent.v1.ListResponse
-	(*StatsRequest)(nil),            // 43: vmruntime.agent.v1.StatsRequest
-	(*StatsResponse)(nil),           // 44: vmruntime.agent.v1.StatsResponse
-	(*ContainerStats)(nil),          // 45: vmruntime.agent.v1.ContainerStats
-	(*CgroupStats)(nil),             // 46: vmruntime.agent.v1.CgroupStats
-	(*DiskIO)(nil),                  // 47: vmruntime.agent.v1.DiskIO
-	(*Pressure)(nil),                // 48: vmruntime.agent.v1.Pressure
-	(*PressureLine)(nil),            // 49: vmruntime.agent.v1.PressureLine
-	(*DialRequest)(nil),             // 50: vmruntime.agent.v1.DialRequest
-	(*DialResponse)(nil),            // 51: vmruntime.agent.v1.DialResponse
-	(*ConnReadRequest)(nil),         // 52: vmruntime.agent.v1.ConnReadRequest
-	(*ConnReadResponse)(nil),        // 53: vmruntime.agent.v1.ConnReadResponse
-	(*ConnWriteRequest)(nil),        // 54: vmruntime.agent.v1.ConnWriteRequest
-	(*ConnCloseRequest)(nil),        // 55: vmruntime.agent.v1.ConnCloseRequest
-	(*ShutdownRequest)(nil),         // 56: vmruntime.agent.v1.ShutdownRequest
-	nil,                             // 57: vmruntime.agent.v1.ConfigureSandboxRequest.SysctlsEntry
+	(*StandbyRequest)(nil),          // 8: vmruntime.agent.v1.StandbyRequest
+	(*ResizeRequest)(nil),           // 9: vmruntime.agent.v1.ResizeRequest
+	(*Interface)(nil),               // 10: vmruntime.agent.v1.Interface
+	(*Route)(nil),                   // 11: vmruntime.agent.v1.Route
+	(*Neighbor)(nil),                // 12: vmruntime.agent.v1.Neighbor
+	(*PutFilesRequest)(nil),         // 13: vmruntime.agent.v1.PutFilesRequest
+	(*FileEntry)(nil),               // 14: vmruntime.agent.v1.FileEntry
+	(*GetFileRequest)(nil),          // 15: vmruntime.agent.v1.GetFileRequest
+	(*GetFileResponse)(nil),         // 16: vmruntime.agent.v1.GetFileResponse
+	(*MountShareRequest)(nil),       // 17: vmruntime.agent.v1.MountShareRequest
+	(*CreateContainerRequest)(nil),  // 18: vmruntime.agent.v1.CreateContainerRequest
+	(*BlockDevice)(nil),             // 19: vmruntime.agent.v1.BlockDevice
+	(*HugeVolume)(nil),              // 20: vmruntime.agent.v1.HugeVolume
+	(*ImageMount)(nil),              // 21: vmruntime.agent.v1.ImageMount
+	(*StartContainerRequest)(nil),   // 22: vmruntime.agent.v1.StartContainerRequest
+	(*StartContainerResponse)(nil),  // 23: vmruntime.agent.v1.StartContainerResponse
+	(*UpdateContainerRequest)(nil),  // 24: vmruntime.agent.v1.UpdateContainerRequest
+	(*RemoveContainerRequest)(nil),  // 25: vmruntime.agent.v1.RemoveContainerRequest
+	(*ProcessRef)(nil),              // 26: vmruntime.agent.v1.ProcessRef
+	(*ExecRequest)(nil),             // 27: vmruntime.agent.v1.ExecRequest
+	(*ExecResponse)(nil),            // 28: vmruntime.agent.v1.ExecResponse
+	(*SignalRequest)(nil),           // 29: vmruntime.agent.v1.SignalRequest
+	(*ProcessState)(nil),            // 30: vmruntime.agent.v1.ProcessState
+	(*ReadOutputRequest)(nil),       // 31: vmruntime.agent.v1.ReadOutputRequest
+	(*ReadOutputResponse)(nil),      // 32: vmruntime.agent.v1.ReadOutputResponse
+	(*OutputChunk)(nil),             // 33: vmruntime.agent.v1.OutputChunk
+	(*WriteStdinRequest)(nil),       // 34: vmruntime.agent.v1.WriteStdinRequest
+	(*WriteStdinResponse)(nil),      // 35: vmruntime.agent.v1.WriteStdinResponse
+	(*ResizeTerminalRequest)(nil),   // 36: vmruntime.agent.v1.ResizeTerminalRequest
+	(*FreezeRequest)(nil),           // 37: vmruntime.agent.v1.FreezeRequest
+	(*FreezeResponse)(nil),          // 38: vmruntime.agent.v1.FreezeResponse
+	(*OutputEnd)(nil),               // 39: vmruntime.agent.v1.OutputEnd
+	(*ThawRequest)(nil),             // 40: vmruntime.agent.v1.ThawRequest
+	(*AdoptRequest)(nil),            // 41: vmruntime.agent.v1.AdoptRequest
+	(*HardwareAddress)(nil),         // 42: vmruntime.agent.v1.HardwareAddress
+	(*ListRequest)(nil),             // 43: vmruntime.agent.v1.ListRequest
+	(*ListResponse)(nil),            // 44: vmruntime.agent.v1.ListResponse
+	(*StatsRequest)(nil),            // 45: vmruntime.agent.v1.StatsRequest
+	(*StatsResponse)(nil),           // 46: vmruntime.agent.v1.StatsResponse
+	(*ContainerStats)(nil),          // 47: vmruntime.agent.v1.ContainerStats
+	(*CgroupStats)(nil),             // 48: vmruntime.agent.v1.CgroupStats
+	(*DiskIO)(nil),                  // 49: vmruntime.agent.v1.DiskIO
+	(*Pressure)(nil),                // 50: vmruntime.agent.v1.Pressure
+	(*PressureLine)(nil),            // 51: vmruntime.agent.v1.PressureLine
+	(*DialRequest)(nil),             // 52: vmruntime.agent.v1.DialRequest
+	(*DialResponse)(nil),            // 53: vmruntime.agent.v1.DialResponse
+	(*ConnReadRequest)(nil),         // 54: vmruntime.agent.v1.ConnReadRequest
+	(*ConnReadResponse)(nil),        // 55: vmruntime.agent.v1.ConnReadResponse
+	(*ConnWriteRequest)(nil),        // 56: vmruntime.agent.v1.ConnWriteRequest
+	(*ConnCloseRequest)(nil),        // 57: vmruntime.agent.v1.ConnCloseRequest
+	(*ShutdownRequest)(nil),         // 58: vmruntime.agent.v1.ShutdownRequest
+	nil,                             // 59: vmruntime.agent.v1.ConfigureSandboxRequest.SysctlsEntry
 }
 var file_agent_proto_depIdxs = []int32{
-	9,  // 0: vmruntime.agent.v1.ConfigureSandboxRequest.interfaces:type_name -> vmruntime.agent.v1.Interface
-	10, // 1: vmruntime.agent.v1.ConfigureSandboxRequest.routes:type_name -> vmruntime.agent.v1.Route
-	57, // 2: vmruntime.agent.v1.ConfigureSandboxRequest.sysctls:type_name -> vmruntime.agent.v1.ConfigureSandboxRequest.SysctlsEntry
-	11, // 3: vmruntime.agent.v1.ConfigureSandboxRequest.neighbors:type_name -> vmruntime.agent.v1.Neighbor
+	10, // 0: vmruntime.agent.v1.ConfigureSandboxRequest.interfaces:type_name -> vmruntime.agent.v1.Interface
+	11, // 1: vmruntime.agent.v1.ConfigureSandboxRequest.routes:type_name -> vmruntime.agent.v1.Route
+	59, // 2: vmruntime.agent.v1.ConfigureSandboxRequest.sysctls:type_name -> vmruntime.agent.v1.ConfigureSandboxRequest.SysctlsEntry
+	12, // 3: vmruntime.agent.v1.ConfigureSandboxRequest.neighbors:type_name -> vmruntime.agent.v1.Neighbor
 	6,  // 4: vmruntime.agent.v1.ConfigureSandboxRequest.users:type_name -> vmruntime.agent.v1.IDRange
 	6,  // 5: vmruntime.agent.v1.ConfigureSandboxRequest.groups:type_name -> vmruntime.agent.v1.IDRange
-	13, // 6: vmruntime.agent.v1.PutFilesRequest.entries:type_name -> vmruntime.agent.v1.FileEntry
-	19, // 7: vmruntime.agent.v1.CreateContainerRequest.images:type_name -> vmruntime.agent.v1.ImageMount
-	0,  // 8: vmruntime.agent.v1.CreateContainerRequest.pid_namespace:type_name -> vmruntime.agent.v1.PidNamespace
-	18, // 9: vmruntime.agent.v1.CreateContainerRequest.huge_volumes:type_name -> vmruntime.agent.v1.HugeVolume
-	24, // 10: vmruntime.agent.v1.SignalRequest.process:type_name -> vmruntime.agent.v1.ProcessRef
-	24, // 11: vmruntime.agent.v1.ReadOutputRequest.process:type_name -> vmruntime.agent.v1.ProcessRef
-	31, // 12: vmruntime.agent.v1.ReadOutputResponse.chunks:type_name -> vmruntime.agent.v1.OutputChunk
-	28, // 13: vmruntime.agent.v1.ReadOutputResponse.state:type_name -> vmruntime.agent.v1.ProcessState
-	1,  // 14: vmruntime.agent.v1.OutputChunk.stream:type_name -> vmruntime.agent.v1.OutputChunk.Stream
-	24, // 15: vmruntime.agent.v1.WriteStdinRequest.process:type_name -> vmruntime.agent.v1.ProcessRef
-	24, // 16: vmruntime.agent.v1.ResizeTerminalRequest.process:type_name -> vmruntime.agent.v1.ProcessRef
-	37, // 17: vmruntime.agent.v1.FreezeResponse.ends:type_name -> vmruntime.agent.v1.OutputEnd
-	5,  // 18: vmruntime.agent.v1.AdoptRequest.sandbox:type_name -> vmruntime.agent.v1.ConfigureSandboxRequest
-	40, // 19: vmruntime.agent.v1.AdoptRequest.hardware:type_name -> vmruntime.agent.v1.HardwareAddress
-	28, // 20: vmruntime.agent.v1.ListResponse.processes:type_name -> vmruntime.agent.v1.ProcessState
-	45, // 21: vmruntime.agent.v1.StatsResponse.containers:type_name -> vmruntime.agent.v1.ContainerStats
-	46, // 22: vmruntime.agent.v1.StatsResponse.guest:type_name -> vmruntime.agent.v1.CgroupStats
-	46, // 23: vmruntime.agent.v1.ContainerStats.cgroup:type_name -> vmruntime.agent.v1.CgroupStats
-	48, // 24: vmruntime.agent.v1.CgroupStats.cpu_pressure:type_name -> vmruntime.agent.v1.Pressure
-	48, // 25: vmruntime.agent.v1.CgroupStats.memory_pressure:type_name -> vmruntime.agent.v1.Pressure
-	48, // 26: vmruntime.agent.v1.CgroupStats.io_pressure:type_name -> vmruntime.agent.v1.Pressure
-	47, // 27: vmruntime.agent.v1.CgroupStats.disks:type_name -> vmruntime.agent.v1.DiskIO
-	49, // 28: vmruntime.agent.v1.Pressure.some:type_name -> vmruntime.agent.v1.PressureLine
-	49, // 29: vmruntime.agent.v1.Pressure.full:type_name -> vmruntime.agent.v1.PressureLine
-	3,  // 30: vmruntime.agent.v1.Agent.Info:input_type -> vmruntime.agent.v1.InfoRequest
-	5,  // 31: vmruntime.agent.v1.Agent.ConfigureSandbox:input_type -> vmruntime.agent.v1.ConfigureSandboxRequest
-	7,  // 32: vmruntime.agent.v1.Agent.Prepare:input_type -> vmruntime.agent.v1.PrepareRequest
-	12, // 33: vmruntime.agent.v1.Agent.PutFiles:input_type -> vmruntime.agent.v1.PutFilesRequest
-	14, // 34: vmruntime.agent.v1.Agent.GetFile:input_type -> vmruntime.agent.v1.GetFileRequest
-	16, // 35: vmruntime.agent.v1.Agent.MountShare:input_type -> vmruntime.agent.v1.MountShareRequest
-	17, // 36: vmruntime.agent.v1.Agent.CreateContainer:input_type -> vmruntime.agent.v1.CreateContainerRequest
-	20, // 37: vmruntime.agent.v1.Agent.StartContainer:input_type -> vmruntime.agent.v1.StartContainerRequest
-	22, // 38: vmruntime.agent.v1.Agent.UpdateContainer:input_type -> vmruntime.agent.v1.UpdateContainerRequest
-	8,  // 39: vmruntime.agent.v1.Agent.Resize:input_type -> vmruntime.agent.v1.ResizeRequest
-	23, // 40: vmruntime.agent.v1.Agent.RemoveContainer:input_type -> vmruntime.agent.v1.RemoveContainerRequest
-	25, // 41: vmruntime.agent.v1.Agent.Exec:input_type -> vmruntime.agent.v1.ExecRequest
-	24, // 42: vmruntime.agent.v1.Agent.RemoveExec:input_type -> vmruntime.agent.v1.ProcessRef
-	27, // 43: vmruntime.agent.v1.Agent.Signal:input_type -> vmruntime.agent.v1.SignalRequest
-	24, // 44: vmruntime.agent.v1.Agent.Wait:input_type -> vmruntime.agent.v1.ProcessRef
-	29, // 45: vmruntime.agent.v1.Agent.ReadOutput:input_type -> vmruntime.agent.v1.ReadOutputRequest
-	32, // 46: vmruntime.agent.v1.Agent.WriteStdin:input_type -> vmruntime.agent.v1.WriteStdinRequest
-	24, // 47: vmruntime.agent.v1.Agent.CloseStdin:input_type -> vmruntime.agent.v1.ProcessRef
-	34, // 48: vmruntime.agent.v1.Agent.ResizeTerminal:input_type -> vmruntime.agent.v1.ResizeTerminalRequest
-	35, // 49: vmruntime.agent.v1.Agent.Freeze:input_type -> vmruntime.agent.v1.FreezeRequest
-	38, // 50: vmruntime.agent.v1.Agent.Thaw:input_type -> vmruntime.agent.v1.ThawRequest
-	39, // 51: vmruntime.agent.v1.Agent.Adopt:input_type -> vmruntime.agent.v1.AdoptRequest
-	41, // 52: vmruntime.agent.v1.Agent.List:input_type -> vmruntime.agent.v1.ListRequest
-	43, // 53: vmruntime.agent.v1.Agent.Stats:input_type -> vmruntime.agent.v1.StatsRequest
-	50, // 54: vmruntime.agent.v1.Agent.Dial:input_type -> vmruntime.agent.v1.DialRequest
-	52, // 55: vmruntime.agent.v1.Agent.ConnRead:input_type -> vmruntime.agent.v1.ConnReadRequest
-	54, // 56: vmruntime.agent.v1.Agent.ConnWrite:input_type -> vmruntime.agent.v1.ConnWriteRequest
-	55, // 57: vmruntime.agent.v1.Agent.ConnClose:input_type -> vmruntime.agent.v1.ConnCloseRequest
-	56, // 58: vmruntime.agent.v1.Agent.Shutdown:input_type -> vmruntime.agent.v1.ShutdownRequest
-	4,  // 59: vmruntime.agent.v1.Agent.Info:output_type -> vmruntime.agent.v1.InfoResponse
-	2,  // 60: vmruntime.agent.v1.Agent.ConfigureSandbox:output_type -> vmruntime.agent.v1.Empty
-	2,  // 61: vmruntime.agent.v1.Agent.Prepare:output_type -> vmruntime.agent.v1.Empty
-	2,  // 62: vmruntime.agent.v1.Agent.PutFiles:output_type -> vmruntime.agent.v1.Empty
-	15, // 63: vmruntime.agent.v1.Agent.GetFile:output_type -> vmruntime.agent.v1.GetFileResponse
-	2,  // 64: vmruntime.agent.v1.Agent.MountShare:output_type -> vmruntime.agent.v1.Empty
-	2,  // 65: vmruntime.agent.v1.Agent.CreateContainer:output_type -> vmruntime.agent.v1.Empty
-	21, // 66: vmruntime.agent.v1.Agent.StartContainer:output_type -> vmruntime.agent.v1.StartContainerResponse
-	2,  // 67: vmruntime.agent.v1.Agent.UpdateContainer:output_type -> vmruntime.agent.v1.Empty
-	2,  // 68: vmruntime.agent.v1.Agent.Resize:output_type -> vmruntime.agent.v1.Empty
-	2,  // 69: vmruntime.agent.v1.Agent.RemoveContainer:output_type -> vmruntime.agent.v1.Empty
-	26, // 70: vmruntime.agent.v1.Agent.Exec:output_type -> vmruntime.agent.v1.ExecResponse
-	2,  // 71: vmruntime.agent.v1.Agent.RemoveExec:output_type -> vmruntime.agent.v1.Empty
-	2,  // 72: vmruntime.agent.v1.Agent.Signal:output_type -> vmruntime.agent.v1.Empty
-	28, // 73: vmruntime.agent.v1.Agent.Wait:output_type -> vmruntime.agent.v1.ProcessState
-	30, // 74: vmruntime.agent.v1.Agent.ReadOutput:output_type -> vmruntime.agent.v1.ReadOutputResponse
-	33, // 75: vmruntime.agent.v1.Agent.WriteStdin:output_type -> vmruntime.agent.v1.WriteStdinResponse
-	2,  // 76: vmruntime.agent.v1.Agent.CloseStdin:output_type -> vmruntime.agent.v1.Empty
-	2,  // 77: vmruntime.agent.v1.Agent.ResizeTerminal:output_type -> vmruntime.agent.v1.Empty
-	36, // 78: vmruntime.agent.v1.Agent.Freeze:output_type -> vmruntime.agent.v1.FreezeResponse
-	2,  // 79: vmruntime.agent.v1.Agent.Thaw:output_type -> vmruntime.agent.v1.Empty
-	2,  // 80: vmruntime.agent.v1.Agent.Adopt:output_type -> vmruntime.agent.v1.Empty
-	42, // 81: vmruntime.agent.v1.Agent.List:output_type -> vmruntime.agent.v1.ListResponse
-	44, // 82: vmruntime.agent.v1.Agent.Stats:output_type -> vmruntime.agent.v1.StatsResponse
-	51, // 83: vmruntime.agent.v1.Agent.Dial:output_type -> vmruntime.agent.v1.DialResponse
-	53, // 84: vmruntime.agent.v1.Agent.ConnRead:output_type -> vmruntime.agent.v1.ConnReadResponse
-	2,  // 85: vmruntime.agent.v1.Agent.ConnWrite:output_type -> vmruntime.agent.v1.Empty
-	2,  // 86: vmruntime.agent.v1.Agent.ConnClose:output_type -> vmruntime.agent.v1.Empty
-	2,  // 87: vmruntime.agent.v1.Agent.Shutdown:output_type -> vmruntime.agent.v1.Empty
-	59, // [59:88] is the sub-list for method output_type
-	30, // [30:59] is the sub-list for method input_type
-	30, // [30:30] is the sub-list for extension type_name
-	30, // [30:30] is the sub-list for extension extendee
-	0,  // [0:30] is the sub-list for field type_name
+	42, // 6: vmruntime.agent.v1.ConfigureSandboxRequest.hardware:type_name -> vmruntime.agent.v1.HardwareAddress
+	14, // 7: vmruntime.agent.v1.PutFilesRequest.entries:type_name -> vmruntime.agent.v1.FileEntry
+	21, // 8: vmruntime.agent.v1.CreateContainerRequest.images:type_name -> vmruntime.agent.v1.ImageMount
+	0,  // 9: vmruntime.agent.v1.CreateContainerRequest.pid_namespace:type_name -> vmruntime.agent.v1.PidNamespace
+	20, // 10: vmruntime.agent.v1.CreateContainerRequest.huge_volumes:type_name -> vmruntime.agent.v1.HugeVolume
+	19, // 11: vmruntime.agent.v1.CreateContainerRequest.block_devices:type_name -> vmruntime.agent.v1.BlockDevice
+	26, // 12: vmruntime.agent.v1.SignalRequest.process:type_name -> vmruntime.agent.v1.ProcessRef
+	26, // 13: vmruntime.agent.v1.ReadOutputRequest.process:type_name -> vmruntime.agent.v1.ProcessRef
+	33, // 14: vmruntime.agent.v1.ReadOutputResponse.chunks:type_name -> vmruntime.agent.v1.OutputChunk
+	30, // 15: vmruntime.agent.v1.ReadOutputResponse.state:type_name -> vmruntime.agent.v1.ProcessState
+	1,  // 16: vmruntime.agent.v1.OutputChunk.stream:type_name -> vmruntime.agent.v1.OutputChunk.Stream
+	26, // 17: vmruntime.agent.v1.WriteStdinRequest.process:type_name -> vmruntime.agent.v1.ProcessRef
+	26, // 18: vmruntime.agent.v1.ResizeTerminalRequest.process:type_name -> vmruntime.agent.v1.ProcessRef
+	39, // 19: vmruntime.agent.v1.FreezeResponse.ends:type_name -> vmruntime.agent.v1.OutputEnd
+	5,  // 20: vmruntime.agent.v1.AdoptRequest.sandbox:type_name -> vmruntime.agent.v1.ConfigureSandboxRequest
+	42, // 21: vmruntime.agent.v1.AdoptRequest.hardware:type_name -> vmruntime.agent.v1.HardwareAddress
+	30, // 22: vmruntime.agent.v1.ListResponse.processes:type_name -> vmruntime.agent.v1.ProcessState
+	47, // 23: vmruntime.agent.v1.StatsResponse.containers:type_name -> vmruntime.agent.v1.ContainerStats
+	48, // 24: vmruntime.agent.v1.StatsResponse.guest:type_name -> vmruntime.agent.v1.CgroupStats
+	48, // 25: vmruntime.agent.v1.ContainerStats.cgroup:type_name -> vmruntime.agent.v1.CgroupStats
+	50, // 26: vmruntime.agent.v1.CgroupStats.cpu_pressure:type_name -> vmruntime.agent.v1.Pressure
+	50, // 27: vmruntime.agent.v1.CgroupStats.memory_pressure:type_name -> vmruntime.agent.v1.Pressure
+	50, // 28: vmruntime.agent.v1.CgroupStats.io_pressure:type_name -> vmruntime.agent.v1.Pressure
+	49, // 29: vmruntime.agent.v1.CgroupStats.disks:type_name -> vmruntime.agent.v1.DiskIO
+	51, // 30: vmruntime.agent.v1.Pressure.some:type_name -> vmruntime.agent.v1.PressureLine
+	51, // 31: vmruntime.agent.v1.Pressure.full:type_name -> vmruntime.agent.v1.PressureLine
+	3,  // 32: vmruntime.agent.v1.Agent.Info:input_type -> vmruntime.agent.v1.InfoRequest
+	5,  // 33: vmruntime.agent.v1.Agent.ConfigureSandbox:input_type -> vmruntime.agent.v1.ConfigureSandboxRequest
+	7,  // 34: vmruntime.agent.v1.Agent.Prepare:input_type -> vmruntime.agent.v1.PrepareRequest
+	8,  // 35: vmruntime.agent.v1.Agent.Standby:input_type -> vmruntime.agent.v1.StandbyRequest
+	13, // 36: vmruntime.agent.v1.Agent.PutFiles:input_type -> vmruntime.agent.v1.PutFilesRequest
+	15, // 37: vmruntime.agent.v1.Agent.GetFile:input_type -> vmruntime.agent.v1.GetFileRequest
+	17, // 38: vmruntime.agent.v1.Agent.MountShare:input_type -> vmruntime.agent.v1.MountShareRequest
+	18, // 39: vmruntime.agent.v1.Agent.CreateContainer:input_type -> vmruntime.agent.v1.CreateContainerRequest
+	22, // 40: vmruntime.agent.v1.Agent.StartContainer:input_type -> vmruntime.agent.v1.StartContainerRequest
+	24, // 41: vmruntime.agent.v1.Agent.UpdateContainer:input_type -> vmruntime.agent.v1.UpdateContainerRequest
+	9,  // 42: vmruntime.agent.v1.Agent.Resize:input_type -> vmruntime.agent.v1.ResizeRequest
+	25, // 43: vmruntime.agent.v1.Agent.RemoveContainer:input_type -> vmruntime.agent.v1.RemoveContainerRequest
+	27, // 44: vmruntime.agent.v1.Agent.Exec:input_type -> vmruntime.agent.v1.ExecRequest
+	26, // 45: vmruntime.agent.v1.Agent.RemoveExec:input_type -> vmruntime.agent.v1.ProcessRef
+	29, // 46: vmruntime.agent.v1.Agent.Signal:input_type -> vmruntime.agent.v1.SignalRequest
+	26, // 47: vmruntime.agent.v1.Agent.Wait:input_type -> vmruntime.agent.v1.ProcessRef
+	31, // 48: vmruntime.agent.v1.Agent.ReadOutput:input_type -> vmruntime.agent.v1.ReadOutputRequest
+	34, // 49: vmruntime.agent.v1.Agent.WriteStdin:input_type -> vmruntime.agent.v1.WriteStdinRequest
+	26, // 50: vmruntime.agent.v1.Agent.CloseStdin:input_type -> vmruntime.agent.v1.ProcessRef
+	36, // 51: vmruntime.agent.v1.Agent.ResizeTerminal:input_type -> vmruntime.agent.v1.ResizeTerminalRequest
+	37, // 52: vmruntime.agent.v1.Agent.Freeze:input_type -> vmruntime.agent.v1.FreezeRequest
+	40, // 53: vmruntime.agent.v1.Agent.Thaw:input_type -> vmruntime.agent.v1.ThawRequest
+	41, // 54: vmruntime.agent.v1.Agent.Adopt:input_type -> vmruntime.agent.v1.AdoptRequest
+	43, // 55: vmruntime.agent.v1.Agent.List:input_type -> vmruntime.agent.v1.ListRequest
+	45, // 56: vmruntime.agent.v1.Agent.Stats:input_type -> vmruntime.agent.v1.StatsRequest
+	52, // 57: vmruntime.agent.v1.Agent.Dial:input_type -> vmruntime.agent.v1.DialRequest
+	54, // 58: vmruntime.agent.v1.Agent.ConnRead:input_type -> vmruntime.agent.v1.ConnReadRequest
+	56, // 59: vmruntime.agent.v1.Agent.ConnWrite:input_type -> vmruntime.agent.v1.ConnWriteRequest
+	57, // 60: vmruntime.agent.v1.Agent.ConnClose:input_type -> vmruntime.agent.v1.ConnCloseRequest
+	58, // 61: vmruntime.agent.v1.Agent.Shutdown:input_type -> vmruntime.agent.v1.ShutdownRequest
+	4,  // 62: vmruntime.agent.v1.Agent.Info:output_type -> vmruntime.agent.v1.InfoResponse
+	2,  // 63: vmruntime.agent.v1.Agent.ConfigureSandbox:output_type -> vmruntime.agent.v1.Empty
+	2,  // 64: vmruntime.agent.v1.Agent.Prepare:output_type -> vmruntime.agent.v1.Empty
+	2,  // 65: vmruntime.agent.v1.Agent.Standby:output_type -> vmruntime.agent.v1.Empty
+	2,  // 66: vmruntime.agent.v1.Agent.PutFiles:output_type -> vmruntime.agent.v1.Empty
+	16, // 67: vmruntime.agent.v1.Agent.GetFile:output_type -> vmruntime.agent.v1.GetFileResponse
+	2,  // 68: vmruntime.agent.v1.Agent.MountShare:output_type -> vmruntime.agent.v1.Empty
+	2,  // 69: vmruntime.agent.v1.Agent.CreateContainer:output_type -> vmruntime.agent.v1.Empty
+	23, // 70: vmruntime.agent.v1.Agent.StartContainer:output_type -> vmruntime.agent.v1.StartContainerResponse
+	2,  // 71: vmruntime.agent.v1.Agent.UpdateContainer:output_type -> vmruntime.agent.v1.Empty
+	2,  // 72: vmruntime.agent.v1.Agent.Resize:output_type -> vmruntime.agent.v1.Empty
+	2,  // 73: vmruntime.agent.v1.Agent.RemoveContainer:output_type -> vmruntime.agent.v1.Empty
+	28, // 74: vmruntime.agent.v1.Agent.Exec:output_type -> vmruntime.agent.v1.ExecResponse
+	2,  // 75: vmruntime.agent.v1.Agent.RemoveExec:output_type -> vmruntime.agent.v1.Empty
+	2,  // 76: vmruntime.agent.v1.Agent.Signal:output_type -> vmruntime.agent.v1.Empty
+	30, // 77: vmruntime.agent.v1.Agent.Wait:output_type -> vmruntime.agent.v1.ProcessState
+	32, // 78: vmruntime.agent.v1.Agent.ReadOutput:output_type -> vmruntime.agent.v1.ReadOutputResponse
+	35, // 79: vmruntime.agent.v1.Agent.WriteStdin:output_type -> vmruntime.agent.v1.WriteStdinResponse
+	2,  // 80: vmruntime.agent.v1.Agent.CloseStdin:output_type -> vmruntime.agent.v1.Empty
+	2,  // 81: vmruntime.agent.v1.Agent.ResizeTerminal:output_type -> vmruntime.agent.v1.Empty
+	38, // 82: vmruntime.agent.v1.Agent.Freeze:output_type -> vmruntime.agent.v1.FreezeResponse
+	2,  // 83: vmruntime.agent.v1.Agent.Thaw:output_type -> vmruntime.agent.v1.Empty
+	2,  // 84: vmruntime.agent.v1.Agent.Adopt:output_type -> vmruntime.agent.v1.Empty
+	44, // 85: vmruntime.agent.v1.Agent.List:output_type -> vmruntime.agent.v1.ListResponse
+	46, // 86: vmruntime.agent.v1.Agent.Stats:output_type -> vmruntime.agent.v1.StatsResponse
+	53, // 87: vmruntime.agent.v1.Agent.Dial:output_type -> vmruntime.agent.v1.DialResponse
+	55, // 88: vmruntime.agent.v1.Agent.ConnRead:output_type -> vmruntime.agent.v1.ConnReadResponse
+	2,  // 89: vmruntime.agent.v1.Agent.ConnWrite:output_type -> vmruntime.agent.v1.Empty
+	2,  // 90: vmruntime.agent.v1.Agent.ConnClose:output_type -> vmruntime.agent.v1.Empty
+	2,  // 91: vmruntime.agent.v1.Agent.Shutdown:output_type -> vmruntime.agent.v1.Empty
+	62, // [62:92] is the sub-list for method output_type
+	32, // [32:62] is the sub-list for method input_type
+	32, // [32:32] is the sub-list for extension type_name
+	32, // [32:32] is the sub-list for extension extendee
+	0,  // [0:32] is the sub-list for field type_name
 }
 
 func init() { file_agent_proto_init() }
@@ -4243,7 +4430,7 @@ func file_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_proto_rawDesc), len(file_agent_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   56,
+			NumMessages:   58,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -11,6 +11,7 @@ type AgentService interface {
 	Info(context.Context, *InfoRequest) (*InfoResponse, error)
 	ConfigureSandbox(context.Context, *ConfigureSandboxRequest) (*Empty, error)
 	Prepare(context.Context, *PrepareRequest) (*Empty, error)
+	Standby(context.Context, *StandbyRequest) (*Empty, error)
 	PutFiles(context.Context, *PutFilesRequest) (*Empty, error)
 	GetFile(context.Context, *GetFileRequest) (*GetFileResponse, error)
 	MountShare(context.Context, *MountShareRequest) (*Empty, error)
@@ -62,6 +63,13 @@ func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 					return nil, err
 				}
 				return svc.Prepare(ctx, &req)
+			},
+			"Standby": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req StandbyRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Standby(ctx, &req)
 			},
 			"PutFiles": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req PutFilesRequest
@@ -278,6 +286,14 @@ func (c *agentClient) ConfigureSandbox(ctx context.Context, req *ConfigureSandbo
 func (c *agentClient) Prepare(ctx context.Context, req *PrepareRequest) (*Empty, error) {
 	var resp Empty
 	if err := c.client.Call(ctx, "vmruntime.agent.v1.Agent", "Prepare", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentClient) Standby(ctx context.Context, req *StandbyRequest) (*Empty, error) {
+	var resp Empty
+	if err := c.client.Call(ctx, "vmruntime.agent.v1.Agent", "Standby", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

@@ -41,6 +41,11 @@ func Boot() error {
 	if err := setLoopbackUp(); err != nil {
 		return err
 	}
+	// Containers may have as many processes as their cgroups let them, as under a usual containerd, however much memory there was at boot.
+	most := &unix.Rlimit{Cur: unix.RLIM_INFINITY, Max: unix.RLIM_INFINITY}
+	if err := unix.Setrlimit(unix.RLIMIT_NPROC, most); err != nil {
+		return fmt.Errorf("RLIMIT_NPROC: %w", err)
+	}
 	// Process numbers are not used again soon.
 	return os.WriteFile("/proc/sys/kernel/pid_max", []byte("4194304"), 0)
 }

@@ -19,15 +19,32 @@ import (
 // freezeTimeout bounds the wait for processes that are inside the kernel.
 const freezeTimeout = 30 * time.Second
 
-// Freeze stops the processes of containers, all or none.
+// Freeze stops the processes of containers, all or none. Execs are not started in them until they are thawed.
 func (s *Server) Freeze(ctx context.Context, req *agentpb.FreezeRequest) (*agentpb.FreezeResponse, error) {
 	ctx, cancel := context.WithTimeout(ctx, freezeTimeout)
 	defer cancel()
+	resp, err := s.freezeAll(ctx, req.GetContainerIds())
+	if err != nil {
+		return nil, errors.Join(err, s.thawAll(req.GetContainerIds()))
+	}
+	return resp, nil
+}
+
+func (s *Server) freezeAll(ctx context.Context, ids []string) (*agentpb.FreezeResponse, error) {
+	for _, id := range ids {
+		c, err := s.container(id)
+		if err != nil {
+			return nil, err
+		}
+		if err := c.holdExecs(ctx); err != nil {
+			return nil, err
+		}
+	}
 	resp := &agentpb.FreezeResponse{}
-	for _, id := range req.GetContainerIds() {
+	for _, id := range ids {
 		ends, err := s.freeze(ctx, id)
 		if err != nil {
-			return nil, errors.Join(err, s.thawAll(req.GetContainerIds()))
+			return nil, err
 		}
 		resp.Ends = append(resp.Ends, &agentpb.OutputEnd{ContainerId: id, Stdout: ends[stdout], Stderr: ends[stderr]})
 	}
@@ -80,6 +97,7 @@ func (s *Server) thawAll(ids []string) error {
 			errs = append(errs, fmt.Errorf("thaw container %q: %w", id, err))
 		}
 		c.main.out.release()
+		c.letExecsGo()
 	}
 	return errors.Join(errs...)
 }
@@ -99,8 +117,11 @@ func (s *Server) Adopt(ctx context.Context, req *agentpb.AdoptRequest) (*agentpb
 	return &agentpb.Empty{}, nil
 }
 
-// readdress takes the addresses and routes of the checkpointed pod away and gives its devices the new pod's hardware addresses.
+// readdress takes what addresses and routes devices have away and gives them the pod's hardware addresses.
 func readdress(addresses []*agentpb.HardwareAddress) error {
+	if len(addresses) == 0 {
+		return nil
+	}
 	links, err := netlink.LinkList()
 	if err != nil {
 		return err

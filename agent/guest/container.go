@@ -40,6 +40,9 @@ type container struct {
 
 	mu    sync.Mutex
 	execs map[string]*process
+	// execsStarting is how many are being started. execsHeld, which is closed then, is there while none may be.
+	execsStarting int
+	execsHeld     chan struct{}
 }
 
 func checkID(field, id string) error {
@@ -150,6 +153,11 @@ func (s *Server) prepare(ctx context.Context, c *container, req *agentpb.CreateC
 			return fmt.Errorf("huge_volumes %q: %w", v.Name, err)
 		}
 	}
+	for _, d := range req.BlockDevices {
+		if err := addBlockDevice(ctx, c.spec, d); err != nil {
+			return fmt.Errorf("block_devices %q: %w", d.Path, err)
+		}
+	}
 	if err := enterSubmounts(req.Submounts); err != nil {
 		return fmt.Errorf("submounts: %w", err)
 	}
@@ -225,10 +233,16 @@ func (s *Server) startContainer(ctx context.Context, c *container) error {
 	s.loadTables(c.spec.Process)
 	uid, gid := s.owner(c.spec.Process.User.UID, c.spec.Process.User.GID)
 	onExit := func(e exit) { s.containerExited(c, e) }
-	if r := s.takePrepared(c.main); r != nil {
+	w := s.takePrepared(c.main)
+	if w != nil {
 		c.crunID = preparedID
-		err = c.main.follow(s, r.call, r.streams, func() error { return r.finish(ctx, s, data, uid, gid) }, onExit)
-	} else {
+		err = c.main.follow(s, w.call, w.streams, func() error { return s.runPrepared(ctx, w, data, uid, gid) }, onExit)
+	}
+	if errors.Is(err, unix.EPIPE) {
+		s.log.Warn("the crun that waited for the first container had ended", "error", err)
+		w, c.crunID = nil, c.id
+	}
+	if w == nil {
 		err = s.runContainer(ctx, c, data, uid, gid, onExit)
 	}
 	if err != nil {
@@ -247,7 +261,7 @@ func (s *Server) runContainer(ctx context.Context, c *container, config []byte, 
 	if err != nil {
 		return err
 	}
-	return c.main.run(ctx, s, runCall(c.dir, c.id), st, onExit)
+	return c.main.start(ctx, s, runCall(c.dir, c.id), st, onExit)
 }
 
 // adjustSpec sets what only the guest knows. The pod's network, IPC and UTS namespaces are the guest's own, or belong to the pod's
@@ -371,6 +385,7 @@ func (s *Server) forgetRun(ctx context.Context, c *container) error {
 // discardContainer undoes prepare and forgets the container. It runs all steps.
 func (s *Server) discardContainer(c *container) error {
 	var errs []error
+	c.letExecsGo() // and fail
 	for _, p := range c.processes() {
 		p.release()
 	}

@@ -26,6 +26,9 @@ type crunCall struct {
 	log     string
 	args    []string
 	pidFile string
+	console string // socket for the terminal
+	// states is crun's directory of states, if it is not that of the containers.
+	states string
 	// last are the arguments behind all options.
 	last []string
 }
@@ -46,7 +49,12 @@ func (s *Server) crun(ctx context.Context, c crunCall, files [3]uintptr) error {
 
 // crunArgs is the command line, the program first.
 func (s *Server) crunArgs(c crunCall) []string {
-	argv := append([]string{fmt.Sprintf("/proc/self/fd/%d", s.crunFile.Fd()), "--cgroup-manager=cgroupfs", "--root", s.opts.CrunRoot, "--log", c.log}, c.args...)
+	states := c.states
+	setDefault(&states, s.opts.CrunRoot)
+	argv := append([]string{fmt.Sprintf("/proc/self/fd/%d", s.crunFile.Fd()), "--cgroup-manager=cgroupfs", "--root", states, "--log", c.log}, c.args...)
+	if c.console != "" {
+		argv = append(argv, "--console-socket", c.console)
+	}
 	if c.pidFile != "" {
 		argv = append(argv, "--pid-file", c.pidFile)
 	}

@@ -388,6 +388,11 @@ func (m *machineSession) Prepare(context.Context, *agentpb.PrepareRequest) (*age
 	return nil, notInMachine("Prepare")
 }
 
+// Standby is not for machines.
+func (m *machineSession) Standby(context.Context, *agentpb.StandbyRequest) (*agentpb.Empty, error) {
+	return nil, notInMachine("Standby")
+}
+
 // Resize is not for machines.
 func (m *machineSession) Resize(context.Context, *agentpb.ResizeRequest) (*agentpb.Empty, error) {
 	return nil, notInMachine("Resize")

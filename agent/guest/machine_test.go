@@ -224,6 +224,7 @@ func testMachineRefuses(t *testing.T, _ *osMachine, c *agent.Client) {
 		"PutFiles":         func() error { _, err := c.PutFiles(ctx, &agentpb.PutFilesRequest{Name: "x"}); return err },
 		"GetFile":          func() error { _, err := c.GetFile(ctx, &agentpb.GetFileRequest{}); return err },
 		"Prepare":          func() error { _, err := c.Prepare(ctx, &agentpb.PrepareRequest{}); return err },
+		"Standby":          func() error { _, err := c.Standby(ctx, &agentpb.StandbyRequest{}); return err },
 		"MountShare":       func() error { _, err := c.MountShare(ctx, &agentpb.MountShareRequest{}); return err },
 		"CreateContainer":  func() error { _, err := c.CreateContainer(ctx, &agentpb.CreateContainerRequest{}); return err },
 		"StartContainer": func() error {

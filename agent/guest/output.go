@@ -25,9 +25,12 @@ const (
 	chunkCost = 64
 
 	// After the process's end its children may keep a pipe open. The stream ends when it has been silent
-	// for drainIdle, or drainMax after that end.
+	// for drainIdle, or was read for drainMax after that end, in which time nobody takes what is there does not count; or when it
+	// has given drainBytes since, which is more than a pipe holds.
 	drainIdle = time.Second
 	drainMax  = 10 * time.Second
+
+	drainBytes = 4 << 20
 )
 
 type chunk struct {
@@ -51,6 +54,8 @@ type stream struct {
 // unacknowledged bytes is not read, which blocks the writer like a full pipe.
 type output struct {
 	limit int64
+	// drain is drainMax; tests have less time.
+	drain time.Duration
 	pumps sync.WaitGroup
 
 	mu      sync.Mutex
@@ -67,7 +72,7 @@ func newOutput(limit int64) *output {
 	if limit <= 0 {
 		limit = defaultOutputBuffer
 	}
-	o := &output{limit: limit, changed: make(chan struct{})}
+	o := &output{limit: limit, drain: drainMax, changed: make(chan struct{})}
 	o.streams[stdout].open, o.streams[stderr].open = true, true
 	return o
 }
@@ -102,17 +107,24 @@ func (o *output) pump(id int, f *os.File) {
 		o.announce()
 	}()
 	buf := make([]byte, maxChunk)
-	for {
+	var full time.Duration
+	late := 0
+	for late < drainBytes {
+		began := time.Now()
 		room := o.room(id)
 		if room <= 0 {
 			return
 		}
-		if !o.armDeadline(f) {
+		full += o.sinceExit(began)
+		if !o.armDeadline(f, full) {
 			return
 		}
 		n, err := f.Read(buf[:min(room, int64(len(buf)))])
 		if n > 0 {
 			o.add(id, buf[:n])
+		}
+		if o.draining() {
+			late += n
 		}
 		// A terminal gives EIO when its last user has gone.
 		if errors.Is(err, os.ErrDeadlineExceeded) && !o.draining() {
@@ -140,14 +152,28 @@ func (o *output) room(id int) int64 {
 	}
 }
 
-// armDeadline bounds the next read once the process has ended. It tells false when the time is over.
-func (o *output) armDeadline(f *os.File) bool {
+// sinceExit is how much of the time since then lies after the process's end.
+func (o *output) sinceExit(begin time.Time) time.Duration {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.exited.IsZero() {
+		return 0
+	}
+	if begin.Before(o.exited) {
+		begin = o.exited
+	}
+	return time.Since(begin)
+}
+
+// armDeadline bounds the next read once the process has ended. It tells false when the time is over, of which the stream was full for
+// a part.
+func (o *output) armDeadline(f *os.File, full time.Duration) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if o.exited.IsZero() {
 		return true
 	}
-	return time.Since(o.exited) < drainMax && f.SetReadDeadline(time.Now().Add(drainIdle)) == nil
+	return time.Since(o.exited)-full < o.drain && f.SetReadDeadline(time.Now().Add(drainIdle)) == nil
 }
 
 func (o *output) draining() bool {

@@ -15,6 +15,9 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	if isFakeCrun(os.Args) {
+		runFakeCrun()
+	}
 	// os/signal keeps its own goroutine once it has been used.
 	goleak.VerifyTestMain(m, goleak.IgnoreTopFunction("os/signal.signal_recv"), goleak.IgnoreTopFunction("os/signal.loop"))
 }
@@ -214,6 +217,62 @@ func TestOutputEndsAfterSilence(t *testing.T) {
 	if _, eof := readFrom(t, o, [2]uint64{4, 0}); !eof || time.Since(begin) > 3*drainIdle {
 		t.Errorf("eof %v after %s", eof, time.Since(begin))
 	}
+	o.stop()
+}
+
+// What a process has left is given whole, however late it is taken.
+func TestOutputWaitsForItsReader(t *testing.T) {
+	o := newOutput(1 << 10)
+	o.drain = 100 * time.Millisecond
+	w := pipeInto(t, o, stdout)
+	o.attach(stderr, nil)
+	wrote := strings.Repeat("x", 16<<10) // fits the pipe
+	if _, err := w.WriteString(wrote); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	o.finish()
+	time.Sleep(3 * o.drain)
+	var got strings.Builder
+	for eof := false; !eof; {
+		var text string
+		text, eof = readFrom(t, o, [2]uint64{uint64(got.Len()), 0})
+		got.WriteString(text)
+	}
+	if got.String() != wrote {
+		t.Errorf("%d bytes were given, want all %d", got.Len(), len(wrote))
+	}
+	o.stop()
+}
+
+// A child that writes on and on does not hold back the end for ever.
+func TestOutputEndsInAFlood(t *testing.T) {
+	o := newOutput(1 << 20)
+	o.drain = time.Hour
+	w := pipeInto(t, o, stdout)
+	o.attach(stderr, nil)
+	flooded := make(chan struct{})
+	go func() {
+		defer close(flooded)
+		for data := make([]byte, 64<<10); ; {
+			if _, err := w.Write(data); err != nil { // nobody reads it any more
+				return
+			}
+		}
+	}()
+	o.finish()
+	var got uint64
+	for eof := false; !eof && got < 2*drainBytes; {
+		var text string
+		text, eof = readFrom(t, o, [2]uint64{got, 0})
+		got += uint64(len(text))
+	}
+	if got < drainBytes || got >= 2*drainBytes {
+		t.Errorf("the stream ended after %d bytes, want about %d", got, drainBytes)
+	}
+	<-flooded
 	o.stop()
 }
 

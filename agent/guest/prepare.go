@@ -15,8 +15,9 @@ import (
 const (
 	virtioDevices = "/sys/bus/virtio/devices"
 	netDriver     = "/sys/bus/virtio/drivers/virtio_net"
-	// keepFree is what Prepare leaves alone of the memory that is free, in bytes: the kernel must not come to need it.
-	keepFree = 24 << 20
+	// keepFree is what Prepare leaves alone of the memory that is free, in bytes: the kernel must not come to need it. To it comes a share
+	// of all memory, for page tables and the kernel's watermarks.
+	keepFree, keepShare = 24 << 20, 128
 )
 
 // Prepare makes the guest ready to be saved.
@@ -58,7 +59,8 @@ func driversFound(ctx context.Context) error {
 
 // zeroFree has the kernel clear the pages that nobody uses, by taking and giving back nearly all of them.
 func zeroFree() error {
-	free := int64(readMeminfo()["MemFree"]) - keepFree
+	memory := readMeminfo()
+	free := int64(memory["MemFree"]) - keepFree - int64(memory["MemTotal"])/keepShare
 	if free <= 0 {
 		return nil
 	}

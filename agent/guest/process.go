@@ -18,12 +18,14 @@ import (
 // process is a container's own process or an exec, with its standard streams.
 type process struct {
 	container, exec string
+	run             string // names an exec's files and cgroup
 	terminal        bool
 	wantStdin       bool
 	// keepStdin ignores CloseStdin: another client may attach later.
 	keepStdin bool
 	out       *output
 	exited    chan struct{}
+	giveUp    func() // has an exec that is held not be started
 
 	mu        sync.Mutex
 	pid       int
@@ -109,6 +111,16 @@ func (s *streams) pipe(fd, uid, gid int) (*os.File, error) {
 	return os.NewFile(uintptr(ours), "pipe"), nil
 }
 
+// own gives the pipes of standard output and error, which were made for another user, to one.
+func (s *streams) own(uid, gid int) error {
+	for _, fd := range s.child[1:] {
+		if err := unix.Fchown(int(fd), uid, gid); err != nil {
+			return fmt.Errorf("chown pipe: %w", err)
+		}
+	}
+	return nil
+}
+
 // closeChild closes what belongs to the started process.
 func (s *streams) closeChild() {
 	for _, f := range s.ours {
@@ -160,16 +172,14 @@ func (s *streams) terminal() (*os.File, error) {
 	return os.NewFile(uintptr(fds[0]), "terminal"), nil
 }
 
-// run starts the process by a crun command whose --pid-file is pidFile, and follows it until onExit has
+// start starts the process by a crun command whose --pid-file is pidFile, and follows it until onExit has
 // been told.
-func (p *process) run(ctx context.Context, s *Server, cr crunCall, st *streams, onExit func(exit)) error {
-	if st.console != nil {
-		cr.args = append(cr.args, "--console-socket", st.path)
-	}
+func (p *process) start(ctx context.Context, s *Server, cr crunCall, st *streams, onExit func(exit)) error {
+	cr.console = st.path
 	return p.follow(s, cr, st, func() error { return s.crun(ctx, cr, st.child) }, onExit)
 }
 
-// follow is run with another way to have crun run.
+// follow is start with another way to have crun run.
 func (p *process) follow(s *Server, cr crunCall, st *streams, crun func() error, onExit func(exit)) error {
 	ended := s.reaper.starting()
 	defer ended()

@@ -22,10 +22,17 @@ const (
 	onlinePolicy = "/sys/module/memory_hotplug/parameters/online_policy"
 )
 
-// Resize makes use of processors and memory that have come, and lets go of those that are to go.
+// Resize makes use of processors and memory that have come, and lets go of those that are to go. What the kernel had derived at boot from
+// its memory follows what there is now.
 func (s *Server) Resize(ctx context.Context, req *agentpb.ResizeRequest) (*agentpb.Empty, error) {
 	s.sandbox.Lock()
 	defer s.sandbox.Unlock()
+	if err := s.limits.awaitMemory(ctx, req.GetMoreMemoryBytes()); err != nil {
+		s.log.Warn("limits will not follow all of the memory", "error", err)
+	}
+	if err := s.limits.followMemory(); err != nil {
+		return nil, err
+	}
 	if req.GetMemory() {
 		if err := readyMemory(); err != nil {
 			return nil, err

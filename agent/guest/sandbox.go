@@ -30,6 +30,7 @@ func (s *Server) ConfigureSandbox(ctx context.Context, req *agentpb.ConfigureSan
 		{"time_unix_nano", func() error { return setClock(req.TimeUnixNano) }},
 		{"entropy", func() error { return addEntropy(req.Entropy) }},
 		{"restored", func() error { return s.bindAnew(req.Restored) }},
+		{"hardware", func() error { return s.takeHardware(req.Hardware) }},
 		{"huge_pages", func() error { return reserveHugePages(req.HugePages) }},
 		{"hostname", func() error { return setHostname(req.Hostname) }},
 		{"scratch_disk", func() error { return s.mountScratch(ctx, req.ScratchDisk) }},
@@ -38,6 +39,7 @@ func (s *Server) ConfigureSandbox(ctx context.Context, req *agentpb.ConfigureSan
 		{"users, groups", func() error { return s.startUserns(req) }},
 		{"owners of sandbox files", s.ownSandboxFiles},
 		{"network", func() error { return s.configurePodNetwork(ctx, req) }},
+		{"limits", s.limits.followMemory}, // as they are before anybody of the pod sets one
 		{"sysctls", func() error { return s.setPodSysctls(req.Sysctls) }},
 		{"pod_pid_namespace", func() error { return s.startPause(req.PodPidNamespace) }},
 	}
@@ -48,6 +50,14 @@ func (s *Server) ConfigureSandbox(ctx context.Context, req *agentpb.ConfigureSan
 	}
 	s.configured.Store(true)
 	return &agentpb.Empty{}, nil
+}
+
+// takeHardware gives devices their addresses. In a pod with a user namespace that was done before they were moved there.
+func (s *Server) takeHardware(addresses []*agentpb.HardwareAddress) error {
+	if s.userns.Load() != nil {
+		return nil
+	}
+	return readdress(addresses)
 }
 
 func setClock(nano int64) error {

@@ -58,11 +58,15 @@ type Server struct {
 	work sync.WaitGroup
 	// consoles numbers the sockets for terminals.
 	consoles atomic.Uint64
+	// execRuns numbers the execs.
+	execRuns atomic.Uint64
 
 	sandbox    sync.Mutex // serialises ConfigureSandbox, MountShare, Shutdown
 	configured atomic.Bool
-	bound      bool       // the devices of a restored guest have been bound anew; sandbox guards it
-	files      sync.Mutex // serialises PutFiles
+	bound      bool         // the devices of a restored guest have been bound anew; sandbox guards it
+	limits     memoryLimits // sandbox guards it
+	files      sync.Mutex   // serialises PutFiles
+	bringing   sync.Mutex   // serialises bringExec
 
 	// machine says that the guest has booted an operating system of its own; see machine.go.
 	machine bool
@@ -70,7 +74,9 @@ type Server struct {
 	mu         sync.Mutex
 	containers map[string]*container
 	pausePID   int
-	prepared   *preparedRun // until the first container has it
+	prepared   *waiting // until the first container has it
+	nextExec   nextExec
+	lastExec   time.Time // when one came or was removed last
 
 	// userns is set once, by ConfigureSandbox, if the pod has one.
 	userns atomic.Pointer[userns]
@@ -90,7 +96,7 @@ func New(opts Options) (*Server, error) {
 		opts: opts, log: opts.Log, containers: make(map[string]*container),
 	}
 	s.images = imageMounts{mount: s.mountImage, used: make(map[string]*imageMount)}
-	for _, dir := range []string{"files", "shares", "images", "disks", "containers", "sandbox/shm", "scratch"} {
+	for _, dir := range []string{"files", "shares", "images", "disks", "containers", "sandbox/shm", "scratch", execsDir} {
 		if err := os.MkdirAll(filepath.Join(opts.Root, dir), 0o755); err != nil {
 			return nil, err
 		}
@@ -149,10 +155,11 @@ func (s *Server) Close() error {
 		return s.closeMachine(ctx)
 	}
 	err := s.removeAll(ctx)
-	if r := s.takePrepared(&process{}); r != nil {
-		err = errors.Join(err, s.endPrepared(r))
-	}
 	s.work.Wait()
+	if w := s.takePrepared(&process{}); w != nil {
+		err = errors.Join(err, s.endWaiting(w))
+	}
+	err = errors.Join(err, s.dropNextExec(s.takeExec(&process{})))
 	s.reaper.close()
 	return errors.Join(err, s.crunFile.Close())
 }

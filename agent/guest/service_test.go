@@ -37,6 +37,7 @@ func TestGuest(t *testing.T) {
 		{"exec", testExec},
 		{"exec failure", testExecFailure},
 		{"exec orphans", testExecOrphans},
+		{"next exec", testNextExec},
 		{"stdin", testStdin},
 		{"terminal", testTerminal},
 		{"backpressure", testBackpressure},

@@ -14,11 +14,11 @@ import (
 
 // capture runs a command whose output the agent keeps until its end: through /bin/sh, or by itself where there is none.
 func (c *Client) capture(ctx context.Context, cmd Command, line string) (int32, error) {
-	pid, err := c.sh(ctx, captureScript("cd /; "+line))
+	pid, err := c.start(ctx, cmd, shell(captureScript("cd /; "+line)), nil)
 	kill := c.killSession
 	if _, refused := errors.AsType[*Error](err); refused {
 		kill = c.killDirect
-		pid, err = c.spawn(ctx, cmd.Args, cmd.Env)
+		pid, err = c.start(ctx, cmd, cmd.Args, cmd.Env)
 		if e, refused := errors.AsType[*Error](err); refused {
 			return notStarted(cmd, e)
 		}
@@ -46,7 +46,7 @@ func (c *Client) capture(ctx context.Context, cmd Command, line string) (int32, 
 // notStarted gives a shell's exit status for a program that the agent could not start.
 func notStarted(cmd Command, e *Error) (int32, error) {
 	if !strings.Contains(e.Desc, "Failed to execute") {
-		return 0, e
+		return 0, notBegun(e)
 	}
 	if _, err := fmt.Fprintf(cmd.Stderr, "%s: %s\n", cmd.Args[0], e.Desc); err != nil {
 		return 0, fmt.Errorf("write output: %w", err)
@@ -59,7 +59,7 @@ func notStarted(cmd Command, e *Error) (int32, error) {
 
 func (c *Client) killSession(ctx context.Context, pid int64) error {
 	n := strconv.FormatInt(pid, 10)
-	return c.killBy(ctx, pid, []string{"/bin/sh", "-c", posixsh.KillSession + "; kill_session " + n + "; kill -KILL " + n})
+	return c.killBy(ctx, pid, shell(posixsh.KillSession+"; kill_session "+n+"; kill -KILL "+n))
 }
 
 func (c *Client) killDirect(ctx context.Context, pid int64) error {
@@ -75,7 +75,7 @@ func (c *Client) killDirect(ctx context.Context, pid int64) error {
 func (c *Client) killBy(ctx context.Context, pid int64, args []string) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTime)
 	defer cancel()
-	killer, err := c.spawn(ctx, args, nil)
+	killer, err := c.spawn(ctx, args)
 	if err == nil {
 		_, err = c.wait(ctx, killer)
 	}

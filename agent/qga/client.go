@@ -131,6 +131,9 @@ func (c *Client) lost(err error) error {
 
 // begin waits for this command's turn and sees to it that the agent listens.
 func (c *Client) begin(ctx context.Context) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
 	select {
 	case c.turn <- struct{}{}:
 	case <-ctx.Done():
@@ -204,6 +207,11 @@ func (c *Client) callWithin(ctx context.Context, limit time.Duration, size int, 
 		return fmt.Errorf("%s: %w", command, err)
 	}
 	defer func() { <-c.turn }()
+	return c.exchange(ctx, limit, size, command, args, result)
+}
+
+// exchange is callWithin for who has begun.
+func (c *Client) exchange(ctx context.Context, limit time.Duration, size int, command string, args, result any) error {
 	var a answer
 	err := c.timed(ctx, limit, func() (err error) {
 		if err = c.send(false, command, args); err != nil {

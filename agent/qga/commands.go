@@ -66,7 +66,7 @@ func (c *Client) Info(ctx context.Context) (*Info, error) {
 	return ask[*Info](ctx, c, "guest-info")
 }
 
-// knownInfo is Info, asked once for each boot.
+// knownInfo is Info, asked once for each boot, or until the agent runs programs: while file systems are frozen it says that it does not.
 func (c *Client) knownInfo(ctx context.Context) (*Info, error) {
 	if err := c.begin(ctx); err != nil {
 		return nil, err
@@ -77,8 +77,8 @@ func (c *Client) knownInfo(ctx context.Context) (*Info, error) {
 		return info, nil
 	}
 	info, err := c.Info(ctx)
-	if err != nil {
-		return nil, err
+	if err != nil || !info.Can("guest-exec") {
+		return info, err
 	}
 	if err := c.begin(ctx); err != nil {
 		return nil, err

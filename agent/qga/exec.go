@@ -24,6 +24,21 @@ type Command struct {
 	Env []string
 	// Stdout and Stderr get the output; nil drops it. While one blocks, the command is held up, not kept in memory.
 	Stdout, Stderr io.Writer
+	// BeginBy bounds the wait for an agent that hangs or is busy; zero is no bound.
+	BeginBy time.Time
+}
+
+// ErrNotBegun says that Exec has failed before the agent took the command.
+var ErrNotBegun = errors.New("the command was not begun")
+
+func notBegun(err error) error { return fmt.Errorf("%w: %w", ErrNotBegun, err) }
+
+// beginning is ctx until the command has to begin.
+func (cmd Command) beginning(ctx context.Context) (context.Context, context.CancelFunc) {
+	if cmd.BeginBy.IsZero() {
+		return context.WithCancel(ctx)
+	}
+	return context.WithDeadline(ctx, cmd.BeginBy)
 }
 
 const (
@@ -45,7 +60,8 @@ const (
 // The output comes while the command runs. Only in guests without /bin/sh, mkfifo, setsid or the agent's file commands
 // it comes at the end, at most 16 MiB of each stream; what is beyond is an ErrResourceExhausted.
 //
-// ErrNotImplemented says that the agent's configuration blocks guest-exec, as RHEL's and Fedora's does.
+// ErrNotBegun says that somebody else may run the command. With ErrNotImplemented the agent's configuration blocks guest-exec, as RHEL's
+// and Fedora's does.
 func (c *Client) Exec(ctx context.Context, cmd Command) (int32, error) {
 	line, err := posixsh.Command(cmd.Args, cmd.Env)
 	if err != nil {
@@ -57,19 +73,22 @@ func (c *Client) Exec(ctx context.Context, cmd Command) (int32, error) {
 	if cmd.Stderr == nil {
 		cmd.Stderr = io.Discard
 	}
-	info, err := c.knownInfo(ctx)
+	begin, cancel := cmd.beginning(ctx)
+	defer cancel()
+	info, err := c.knownInfo(begin)
 	if err != nil {
-		return 0, err
+		return 0, notBegun(err)
 	}
 	if !info.Can("guest-exec", "guest-exec-status") {
-		return 0, fmt.Errorf("the guest's qemu-guest-agent blocks guest-exec; allow guest-exec and guest-file-* in its "+
-			"configuration (BLACKLIST_RPC, FILTER_RPC_ARGS or /etc/qemu/qemu-ga.conf), or use SSH: %w", errdefs.ErrNotImplemented)
+		return 0, notBegun(fmt.Errorf("the guest's qemu-guest-agent blocks guest-exec; allow guest-exec and guest-file-* in its "+
+			"configuration (BLACKLIST_RPC, FILTER_RPC_ARGS or /etc/qemu/qemu-ga.conf), or use SSH: %w", errdefs.ErrNotImplemented))
 	}
 	if info.Can("guest-file-open", "guest-file-read", "guest-file-close") {
 		code, err := c.stream(ctx, cmd, line)
 		if !errors.Is(err, errNoStreaming) {
 			return code, err
 		}
+		cmd.BeginBy = time.Time{} // the agent has done something
 	}
 	return c.capture(ctx, cmd, line)
 }
@@ -95,11 +114,28 @@ func (s *execStatus) code() int32 {
 	return int32(s.ExitCode)
 }
 
-// spawn starts a program. It is not interrupted: a program whose number nobody knows could not be ended.
-func (c *Client) spawn(ctx context.Context, args, env []string) (pid int64, err error) {
-	if ctx.Err() != nil {
-		return 0, context.Cause(ctx)
+// start spawns a command, or what runs it, if its turn comes in time.
+func (c *Client) start(ctx context.Context, cmd Command, args, env []string) (pid int64, err error) {
+	ctx, cancel := cmd.beginning(ctx)
+	defer cancel()
+	if err := c.begin(ctx); err != nil {
+		return 0, notBegun(err)
 	}
+	defer func() { <-c.turn }()
+	return c.guestExec(ctx, args, env)
+}
+
+// spawn starts a program of our own.
+func (c *Client) spawn(ctx context.Context, args []string) (pid int64, err error) {
+	if err := c.begin(ctx); err != nil {
+		return 0, err
+	}
+	defer func() { <-c.turn }()
+	return c.guestExec(ctx, args, nil)
+}
+
+// guestExec is not interrupted: a program whose number nobody knows could not be ended.
+func (c *Client) guestExec(ctx context.Context, args, env []string) (pid int64, err error) {
 	req := map[string]any{"path": args[0], "arg": args[1:], "capture-output": true}
 	if len(env) > 0 {
 		req["env"] = env
@@ -107,13 +143,11 @@ func (c *Client) spawn(ctx context.Context, args, env []string) (pid int64, err 
 	var r struct {
 		PID int64 `json:"pid"`
 	}
-	err = c.call(context.WithoutCancel(ctx), "guest-exec", req, &r)
+	err = c.exchange(context.WithoutCancel(ctx), callTime, maxMessage, "guest-exec", req, &r)
 	return r.PID, err
 }
 
-func (c *Client) sh(ctx context.Context, script string) (pid int64, err error) {
-	return c.spawn(ctx, []string{"/bin/sh", "-c", script}, nil)
-}
+func shell(script string) []string { return []string{"/bin/sh", "-c", script} }
 
 func (c *Client) status(ctx context.Context, pid int64) (execStatus, error) {
 	var st execStatus
@@ -163,12 +197,12 @@ func (c *Client) stream(ctx context.Context, cmd Command, line string) (int32, e
 		return 0, err
 	}
 	dir := "/tmp/vmruntime-exec-" + hex.EncodeToString(raw[:])
-	pid, err := c.sh(ctx, streamScript(dir, line))
+	pid, err := c.start(ctx, cmd, shell(streamScript(dir, line)), nil)
 	if _, refused := errors.AsType[*Error](err); refused {
 		return 0, errNoStreaming // no /bin/sh
 	}
 	if err != nil {
-		if ctx.Err() == nil {
+		if ctx.Err() == nil && !errors.Is(err, ErrNotBegun) {
 			c.cleanup(ctx, dir, 0, true)
 		}
 		return 0, err
@@ -187,7 +221,7 @@ func (c *Client) stream(ctx context.Context, cmd Command, line string) (int32, e
 func (c *Client) cleanup(ctx context.Context, dir string, pid int64, kill bool) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTime)
 	defer cancel()
-	if pid, err := c.sh(ctx, cleanupScript(dir, strconv.FormatInt(pid, 10), kill)); err == nil {
+	if pid, err := c.spawn(ctx, shell(cleanupScript(dir, strconv.FormatInt(pid, 10), kill))); err == nil {
 		_, _ = c.wait(ctx, pid)
 	}
 }

@@ -21,7 +21,7 @@ import (
 var version = "dev"
 
 func main() {
-	if len(os.Args) == 2 && os.Args[1] == "pause" {
+	if len(os.Args) > 1 && os.Args[1] == "pause" { // more follows if a script says so
 		guest.Pause()
 	}
 	if filepath.Base(os.Args[0]) == "modprobe" {

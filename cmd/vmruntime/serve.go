@@ -68,8 +68,13 @@ func serve(ctx context.Context, cfg runtime.Config) (err error) {
 		return err
 	}
 	defer closing(&err, rt.Close)
+	spans, err := startTracing(ctx, cfg.Tracing, log)
+	if err != nil {
+		return err
+	}
+	defer spans.close()
 	s := servers{
-		cri: delegate.New(delegate.Options{VM: rt, Containerd: conn, Logger: log}), criListener: listener,
+		cri: delegate.New(delegate.Options{VM: rt, Containerd: conn, Logger: log, Calls: spans.calls()}), criListener: listener,
 		admin: runtime.NewAdminServer(rt), adminListener: admin,
 	}
 	if s.metrics, err = serveMetrics(cfg.Metrics, s.cri, rt); err != nil {

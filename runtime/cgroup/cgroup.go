@@ -50,6 +50,9 @@ type Group struct {
 // For returns the group of a pod below the cgroup parent that the CRI request gave. An empty parent is the
 // root, as crictl leaves it.
 func For(parent, podID string) Group {
+	if parent == "/" {
+		parent = ""
+	}
 	return Group{parent: parent, name: "vmruntime-" + podID}
 }
 
@@ -124,8 +127,20 @@ func gone(err error) bool {
 	return errors.Is(err, cgroup1.ErrCgroupDeleted) || errors.Is(err, fs.ErrNotExist)
 }
 
-// SetCPUQuota bounds the group to quota microseconds of CPU time in each period of so many microseconds.
+// SetCPUQuota bounds the group to quota microseconds of CPU time in each period of so many microseconds. cgroup v1 refuses one beyond the
+// parent's, as when a pod grows and the kubelet has not enlarged the parent yet: then the parent's alone holds.
 func (g Group) SetCPUQuota(quota int64, period uint64) error {
+	err := g.setCPUQuota(quota, period)
+	if errors.Is(err, syscall.EINVAL) && !unified() {
+		err = g.setCPUQuota(-1, period)
+	}
+	if err != nil {
+		return fmt.Errorf("cgroup %s: CPU quota %d/%d: %w", g.name, quota, period, err)
+	}
+	return nil
+}
+
+func (g Group) setCPUQuota(quota int64, period uint64) error {
 	var err error
 	if unified() {
 		var m *cgroup2.Manager
@@ -138,10 +153,7 @@ func (g Group) SetCPUQuota(quota int64, period uint64) error {
 			err = c.Update(&specs.LinuxResources{CPU: &specs.LinuxCPU{Quota: &quota, Period: &period}})
 		}
 	}
-	if err != nil {
-		return fmt.Errorf("cgroup %s: CPU quota %d/%d: %w", g.name, quota, period, err)
-	}
-	return nil
+	return err
 }
 
 // Procs lists the processes in the group; a missing group has none.

@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 )
@@ -51,6 +52,38 @@ func TestGroupLife(t *testing.T) {
 	}
 	if kills, err := g.OOMKills(); err != nil || kills != 0 {
 		t.Errorf("OOMKills after Delete = %d, %v; want none", kills, err)
+	}
+}
+
+// A quota beyond the parent's is no error, and no more than the parent's.
+func TestQuotaBeyondTheParents(t *testing.T) {
+	if os.Getuid() != 0 || unified() {
+		t.Skip("cgroup v1 alone refuses it, and only root can make groups")
+	}
+	parent := For("/", "test-of-quota")
+	g := For("/vmruntime-test-of-quota", "child")
+	cmd := exec.Command("sleep", "60")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait() // it was killed
+		if err := errors.Join(g.Delete(), parent.Delete()); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := errors.Join(parent.Add(cmd.Process.Pid), g.Add(cmd.Process.Pid), parent.SetCPUQuota(50000, 100000)); err != nil {
+		t.Fatal(err)
+	}
+	for quota, want := range map[int64]string{40000: "40000", 60000: "-1"} {
+		if err := g.SetCPUQuota(quota, 100000); err != nil {
+			t.Errorf("SetCPUQuota(%d): %v", quota, err)
+		}
+		got, err := os.ReadFile("/sys/fs/cgroup/cpu" + g.path() + "/cpu.cfs_quota_us")
+		if err != nil || strings.TrimSpace(string(got)) != want {
+			t.Errorf("after SetCPUQuota(%d) the quota is %s, %v; want %s", quota, got, err, want)
+		}
 	}
 }
 

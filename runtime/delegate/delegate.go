@@ -34,6 +34,7 @@ import (
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/stats"
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
@@ -56,15 +57,17 @@ type VMSide interface {
 	OwnsContainer(idOrPrefix string) bool
 	// Handles tells whether pods of this runtime handler become VMs.
 	Handles(runtimeHandler string) bool
-	// ImageUsage is what caches and scratch disks use beside containerd's images.
-	ImageUsage(ctx context.Context) (bytes, inodes uint64, err error)
+	// ImageFilesystem is what caches and scratch disks use beside containerd's images, and where they are.
+	ImageFilesystem(ctx context.Context) (*runtimeapi.FilesystemUsage, error)
 }
 
-// Options are what a Server consists of. All are required.
+// Options are what a Server consists of. All but Calls are required.
 type Options struct {
 	VM         VMSide
 	Containerd *grpc.ClientConn
 	Logger     *slog.Logger
+	// Calls is told of every call, and may give it a context.
+	Calls stats.Handler
 }
 
 // Server answers the CRI for both runtimes.
@@ -107,7 +110,7 @@ func Dial(socket string) (*grpc.ClientConn, error) {
 func New(o Options) *Server {
 	s := &Server{vm: o.VM, containerd: o.Containerd, log: o.Logger, owners: owners(), calls: newCallMetrics()}
 	s.stopping, s.stop = context.WithCancel(context.Background())
-	s.grpc = grpc.NewServer(
+	options := []grpc.ServerOption{
 		grpc.ForceServerCodecV2(codec{}),
 		grpc.WriteBufferSize(bufferSize),
 		grpc.MaxRecvMsgSize(maxMessage),
@@ -115,7 +118,11 @@ func New(o Options) *Server {
 		grpc.UnaryInterceptor(s.unary),
 		grpc.StreamInterceptor(s.stream),
 		grpc.UnknownServiceHandler(s.forwardStream),
-	)
+	}
+	if o.Calls != nil {
+		options = append(options, grpc.StatsHandler(o.Calls))
+	}
+	s.grpc = grpc.NewServer(options...)
 	runtimeapi.RegisterRuntimeServiceServer(s.grpc, s.vm)
 	s.grpc.RegisterService(imageService(), imageSide{server: s})
 	return s

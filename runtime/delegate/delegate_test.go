@@ -226,21 +226,47 @@ func TestMergedLists(t *testing.T) {
 	}
 }
 
+// Usage is added to that of the file system that it is on, and to no other.
 func TestImageFsInfo(t *testing.T) {
-	n := newNode(t)
-	got, err := n.images.ImageFsInfo(testContext(t), &runtimeapi.ImageFsInfoRequest{})
-	if err != nil {
-		t.Fatal(err)
+	here, there := t.TempDir(), "/dev/shm"
+	if sameFilesystem(here, there) {
+		t.Skip("needs two file systems: the directory of temporary files is on the one of /dev/shm")
 	}
-	entry := func(used, inodes uint64) *runtimeapi.FilesystemUsage {
-		return &runtimeapi.FilesystemUsage{Timestamp: 7, UsedBytes: &runtimeapi.UInt64Value{Value: used}, InodesUsed: &runtimeapi.UInt64Value{Value: inodes}}
-	}
-	want := &runtimeapi.ImageFsInfoResponse{
-		ImageFilesystems:     []*runtimeapi.FilesystemUsage{entry(1001, 11), entry(2, 1)},
-		ContainerFilesystems: []*runtimeapi.FilesystemUsage{entry(1003, 11)},
-	}
-	if diff := cmp.Diff(want, got, protocmp.Transform()); diff != "" {
-		t.Error(diff)
+	for _, tc := range []struct {
+		name                 string
+		ours, images, layers string
+		wantImages           []*runtimeapi.FilesystemUsage
+		wantLayers           []*runtimeapi.FilesystemUsage
+	}{
+		{
+			"all on one", here, here, here,
+			[]*runtimeapi.FilesystemUsage{filesystem(here, 1001, 11)},
+			[]*runtimeapi.FilesystemUsage{filesystem(here, 1003, 11)},
+		},
+		{
+			"ours apart", there, here, here,
+			[]*runtimeapi.FilesystemUsage{filesystem(here, 1, 1), filesystem(there, 1000, 10)},
+			[]*runtimeapi.FilesystemUsage{filesystem(here, 3, 1), filesystem(there, 1000, 10)},
+		},
+		{
+			"images apart", here, there, here,
+			[]*runtimeapi.FilesystemUsage{filesystem(there, 1, 1), filesystem(here, 1000, 10)},
+			[]*runtimeapi.FilesystemUsage{filesystem(here, 1003, 11)},
+		},
+		{"layers are not told of apart from images", here, here, "", []*runtimeapi.FilesystemUsage{filesystem(here, 1001, 11)}, nil},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			n := newNode(t)
+			n.vm.root, n.containerd.root, n.containerd.layers = tc.ours, tc.images, tc.layers
+			got, err := n.images.ImageFsInfo(testContext(t), &runtimeapi.ImageFsInfoRequest{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := &runtimeapi.ImageFsInfoResponse{ImageFilesystems: tc.wantImages, ContainerFilesystems: tc.wantLayers}
+			if diff := cmp.Diff(want, got, protocmp.Transform()); diff != "" {
+				t.Error(diff)
+			}
+		})
 	}
 }
 

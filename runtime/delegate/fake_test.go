@@ -30,6 +30,8 @@ type side struct {
 	name       string
 	pods       []string
 	containers []string
+	// root is where its images are, and layers, unless empty, where it says that its containers' writable layers are.
+	root, layers string
 
 	mu    sync.Mutex
 	fault func(method string) error // asked before each answer
@@ -93,8 +95,15 @@ func (s *side) OwnsPod(id string) bool       { return owns(s.pods, id) }
 func (s *side) OwnsContainer(id string) bool { return owns(s.containers, id) }
 func (s *side) Handles(h string) bool        { return h == "vm" }
 
-func (s *side) ImageUsage(ctx context.Context) (uint64, uint64, error) {
-	return 1000, 10, s.enter(ctx, "ImageUsage")
+func (s *side) ImageFilesystem(ctx context.Context) (*runtimeapi.FilesystemUsage, error) {
+	return filesystem(s.root, 1000, 10), s.enter(ctx, "ImageFilesystem")
+}
+
+func filesystem(dir string, used, inodes uint64) *runtimeapi.FilesystemUsage {
+	return &runtimeapi.FilesystemUsage{
+		Timestamp: 7, FsId: &runtimeapi.FilesystemIdentifier{Mountpoint: dir},
+		UsedBytes: &runtimeapi.UInt64Value{Value: used}, InodesUsed: &runtimeapi.UInt64Value{Value: inodes},
+	}
 }
 
 func (s *side) Version(ctx context.Context, _ *runtimeapi.VersionRequest) (*runtimeapi.VersionResponse, error) {
@@ -208,13 +217,11 @@ func (s *side) ImageFsInfo(ctx context.Context, _ *runtimeapi.ImageFsInfoRequest
 	if err := s.enter(ctx, "ImageFsInfo"); err != nil {
 		return nil, err
 	}
-	entry := func(used uint64) *runtimeapi.FilesystemUsage {
-		return &runtimeapi.FilesystemUsage{Timestamp: 7, UsedBytes: &runtimeapi.UInt64Value{Value: used}, InodesUsed: &runtimeapi.UInt64Value{Value: 1}}
+	info := &runtimeapi.ImageFsInfoResponse{ImageFilesystems: []*runtimeapi.FilesystemUsage{filesystem(s.root, 1, 1)}}
+	if s.layers != "" {
+		info.ContainerFilesystems = []*runtimeapi.FilesystemUsage{filesystem(s.layers, 3, 1)}
 	}
-	return &runtimeapi.ImageFsInfoResponse{
-		ImageFilesystems:     []*runtimeapi.FilesystemUsage{entry(1), entry(2)},
-		ContainerFilesystems: []*runtimeapi.FilesystemUsage{entry(3)},
-	}, nil
+	return info, nil
 }
 
 func (s *side) ImageStatus(ctx context.Context, r *runtimeapi.ImageStatusRequest) (*runtimeapi.ImageStatusResponse, error) {

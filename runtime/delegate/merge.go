@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strings"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/reflect/protoreflect"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -73,15 +74,31 @@ func mergeDescriptors(theirs, ours *runtimeapi.ListMetricDescriptorsResponse) {
 	}
 }
 
-// addUsage adds our usage to the first entries, the only ones that the kubelet reads.
+// addUsage adds our usage to what containerd's file systems have of it. Where ours is on another one, it is an entry of its own, after
+// containerd's: the kubelet reads the first.
 func addUsage(theirs, ours *runtimeapi.ImageFsInfoResponse) {
 	extra := ours.GetImageFilesystems()[0]
-	for _, entries := range [][]*runtimeapi.FilesystemUsage{theirs.GetImageFilesystems(), theirs.GetContainerFilesystems()} {
-		if len(entries) > 0 {
-			entries[0].UsedBytes = sum(entries[0].GetUsedBytes(), extra.GetUsedBytes())
-			entries[0].InodesUsed = sum(entries[0].GetInodesUsed(), extra.GetInodesUsed())
+	theirs.ImageFilesystems = withUsage(theirs.GetImageFilesystems(), extra)
+	if len(theirs.GetContainerFilesystems()) > 0 { // to the kubelet none are those of images
+		theirs.ContainerFilesystems = withUsage(theirs.GetContainerFilesystems(), extra)
+	}
+}
+
+func withUsage(entries []*runtimeapi.FilesystemUsage, extra *runtimeapi.FilesystemUsage) []*runtimeapi.FilesystemUsage {
+	for _, e := range entries {
+		if sameFilesystem(e.GetFsId().GetMountpoint(), extra.GetFsId().GetMountpoint()) {
+			e.UsedBytes = sum(e.GetUsedBytes(), extra.GetUsedBytes())
+			e.InodesUsed = sum(e.GetInodesUsed(), extra.GetInodesUsed())
+			return entries
 		}
 	}
+	return append(entries, extra)
+}
+
+// sameFilesystem tells whether two directories are on one file system.
+func sameFilesystem(a, b string) bool {
+	var inA, inB unix.Stat_t
+	return unix.Stat(a, &inA) == nil && unix.Stat(b, &inB) == nil && inA.Dev == inB.Dev
 }
 
 func sum(a, b *runtimeapi.UInt64Value) *runtimeapi.UInt64Value {
@@ -107,12 +124,9 @@ type imageSide struct {
 
 // ImageFsInfo gives our own usage as the one entry; merge adds it to containerd's.
 func (i imageSide) ImageFsInfo(ctx context.Context, _ *runtimeapi.ImageFsInfoRequest) (*runtimeapi.ImageFsInfoResponse, error) {
-	bytes, inodes, err := i.server.vm.ImageUsage(ctx)
+	usage, err := i.server.vm.ImageFilesystem(ctx)
 	if err != nil {
 		return nil, err
 	}
-	return &runtimeapi.ImageFsInfoResponse{ImageFilesystems: []*runtimeapi.FilesystemUsage{{
-		UsedBytes:  &runtimeapi.UInt64Value{Value: bytes},
-		InodesUsed: &runtimeapi.UInt64Value{Value: inodes},
-	}}}, nil
+	return &runtimeapi.ImageFsInfoResponse{ImageFilesystems: []*runtimeapi.FilesystemUsage{usage}}, nil
 }

@@ -55,7 +55,7 @@ func buildLinux(in Input) (*specs.Linux, error) {
 		linux.MaskedPaths, linux.ReadonlyPaths = sc.GetMaskedPaths(), sc.GetReadonlyPaths()
 		resources.Devices = []specs.LinuxDeviceCgroup{{Allow: false, Access: "rwm"}}
 	}
-	return linux, addDevices(linux, in.Config.GetDevices())
+	return linux, addDevices(linux, in.Config.GetDevices(), in.BlockVolumes)
 }
 
 func nodes(devices map[string]device) []specs.LinuxDevice {
@@ -71,13 +71,13 @@ func (d device) node(path string) specs.LinuxDevice {
 }
 
 // addDevices gives the container the guest's device at a path of its choice.
-func addDevices(linux *specs.Linux, devices []*runtimeapi.Device) error {
+func addDevices(linux *specs.Linux, devices []*runtimeapi.Device, volumes []string) error {
 	for i, d := range devices {
-		if err := validateDevice(i, d); err != nil {
+		if err := validateDevice(i, d, volumes); err != nil {
 			return err
 		}
-		if d.GetContainerPath() == d.GetHostPath() {
-			continue // crun makes these in every container
+		if slices.Contains(volumes, d.GetHostPath()) || d.GetContainerPath() == d.GetHostPath() {
+			continue // the agent makes the former, crun the latter in every container
 		}
 		dev := commonDevices[d.GetHostPath()]
 		linux.Devices = append(linux.Devices, dev.node(d.GetContainerPath()))

@@ -5,7 +5,7 @@
 // What the CRI leaves open is decided as containerd decides it, so that a pod behaves the same with either handler.
 // What a VM cannot have is refused by ValidateSandbox and ValidateContainer, with a sentence, as ErrInvalidArgument.
 //
-// Left to the agent: root.path, the PID namespace that is asked for, the cgroup's parent, and sysctls, which belong
+// Left to the agent: root.path, block volumes, the PID namespace that is asked for, the cgroup's parent, and sysctls, which belong
 // to the pod. Network, IPC and UTS namespaces are the guest's own and so have no entry here.
 package ocispec
 
@@ -49,6 +49,9 @@ type Input struct {
 	Hostname string
 	// MountSources are the guest paths of Config.Mounts, in the same order; an image's sub path is part of it.
 	MountSources []string
+	// BlockVolumes are the paths on the node of those of Config.Devices that are block volumes. The agent adds them: it knows their
+	// numbers.
+	BlockVolumes []string
 	// SeccompProfile is the content of the file that LocalhostSeccomp names.
 	SeccompProfile []byte
 }

@@ -101,7 +101,9 @@ var goldens = map[string]func(in *Input){
 		in.Config.Devices = []*runtimeapi.Device{
 			{HostPath: "/dev/null", ContainerPath: "/dev/null", Permissions: "rwm"},
 			{HostPath: "/dev/zero", ContainerPath: "/dev/nothing", Permissions: "r"},
+			{HostPath: "/volume", ContainerPath: "/dev/data", Permissions: "rwm"},
 		}
+		in.BlockVolumes = []string{"/volume"}
 		in.Config.Mounts = []*runtimeapi.Mount{{ContainerPath: "/dev/", HostPath: "/some/dev"}}
 		in.MountSources = []string{"/run/vm/shares/c1-0"}
 	},
@@ -113,7 +115,7 @@ func TestGolden(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			in := input()
 			change(&in)
-			if err := ValidateContainer(in.Config, in.Sandbox); err != nil {
+			if err := ValidateContainer(in.Config, in.Sandbox, in.BlockVolumes); err != nil {
 				t.Fatal(err)
 			}
 			spec, err := Build(in)

@@ -44,9 +44,19 @@ func TestValidateContainerUsers(t *testing.T) {
 			in.Sandbox.Linux.SecurityContext.NamespaceOptions = tc.pod
 			in.Config.Linux.SecurityContext.NamespaceOptions = tc.container
 			in.Config.Mounts = []*runtimeapi.Mount{tc.mount}
-			refused(t, ValidateContainer(in.Config, in.Sandbox), tc.want)
+			refused(t, ValidateContainer(in.Config, in.Sandbox, in.BlockVolumes), tc.want)
 		})
 	}
+}
+
+func TestNoBlockVolumeInUserNamespace(t *testing.T) {
+	in := input()
+	in.Config.Devices = []*runtimeapi.Device{{HostPath: "/volume", ContainerPath: "/dev/data", Permissions: "rwm"}}
+	in.BlockVolumes = []string{"/volume"}
+	refused(t, ValidateContainer(in.Config, in.Sandbox, in.BlockVolumes), "")
+	in.Sandbox.Linux.SecurityContext.NamespaceOptions = podUsers(mapping(0, 1000, 65536))
+	in.Config.Linux.SecurityContext.NamespaceOptions = in.Sandbox.Linux.SecurityContext.NamespaceOptions
+	refused(t, ValidateContainer(in.Config, in.Sandbox, in.BlockVolumes), `block volume "/volume" in a pod with a user namespace`)
 }
 
 // A machine has users of its own: the setting only takes rights away, and policies of clusters ask it of every pod.

@@ -78,8 +78,9 @@ func ValidateNames(cfg *runtimeapi.ContainerConfig) error {
 	return nil
 }
 
-// ValidateContainer says everything that a container of a VM pod cannot be. The error is ErrInvalidArgument.
-func ValidateContainer(cfg *runtimeapi.ContainerConfig, sandbox *runtimeapi.PodSandboxConfig) error {
+// ValidateContainer says everything that a container of a VM pod cannot be; volumes are the paths on the node of its devices that are
+// block volumes. The error is ErrInvalidArgument.
+func ValidateContainer(cfg *runtimeapi.ContainerConfig, sandbox *runtimeapi.PodSandboxConfig, volumes []string) error {
 	if cfg.GetMetadata().GetName() == "" {
 		return invalid("metadata.name of the container is empty; it must be the container's name")
 	}
@@ -104,10 +105,13 @@ func ValidateContainer(cfg *runtimeapi.ContainerConfig, sandbox *runtimeapi.PodS
 		errs = append(errs, validateOwners(i, m, sandbox))
 	}
 	for i, d := range cfg.GetDevices() {
-		errs = append(errs, validateDevice(i, d))
+		errs = append(errs, validateDevice(i, d, volumes))
 	}
 	for i, d := range cfg.GetCDIDevices() {
 		errs = append(errs, invalid("CDI_devices[%d] %q: a device of the node cannot be in a VM; leave it out", i, d.GetName()))
+	}
+	if mappings, _ := Users(sandbox); mappings != nil && len(volumes) > 0 {
+		errs = append(errs, invalid("devices: block volume %q in a pod with a user namespace, in which no device can be made; leave out one of them", volumes[0]))
 	}
 	errs = append(errs, validateResources(cfg.GetLinux().GetResources()))
 	return errors.Join(errs...)
@@ -199,9 +203,9 @@ func validateMount(i int, m *runtimeapi.Mount, privileged bool) []error {
 	return errs
 }
 
-func validateDevice(i int, d *runtimeapi.Device) error {
-	if _, common := commonDevices[d.GetHostPath()]; !common {
-		return invalid("devices[%d].host_path %q is a device of the node, which cannot be in a VM; only %s exist there too",
+func validateDevice(i int, d *runtimeapi.Device, volumes []string) error {
+	if _, common := commonDevices[d.GetHostPath()]; !common && !slices.Contains(volumes, d.GetHostPath()) {
+		return invalid("devices[%d].host_path %q is a device of the node, which cannot be in a VM; only block devices can, and %s exist there too",
 			i, d.GetHostPath(), strings.Join(commonDeviceNames(), ", "))
 	}
 	if !path.IsAbs(d.GetContainerPath()) {

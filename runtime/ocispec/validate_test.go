@@ -160,7 +160,7 @@ func TestValidateContainer(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			in := input()
 			tc.change(in.Config)
-			refused(t, ValidateContainer(in.Config, in.Sandbox), tc.want)
+			refused(t, ValidateContainer(in.Config, in.Sandbox, in.BlockVolumes), tc.want)
 		})
 	}
 }
@@ -170,7 +170,7 @@ func TestEveryFaultIsReported(t *testing.T) {
 	in.Config.WorkingDir = "x"
 	in.Config.Linux.SecurityContext.RunAsGroup = value(1)
 	in.Config.Linux.Resources.OomScoreAdj = 2000
-	err := ValidateContainer(in.Config, in.Sandbox)
+	err := ValidateContainer(in.Config, in.Sandbox, in.BlockVolumes)
 	for _, want := range []string{"working_dir", "run_as_group", "oom_score_adj"} {
 		refused(t, err, want)
 	}

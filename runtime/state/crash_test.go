@@ -78,7 +78,7 @@ func TestKillAtAnyMoment(t *testing.T) {
 	t.Logf("%d kills, %d finished steps", rounds, steps)
 }
 
-// killRound runs a child, kills it a random time after it is ready, and notes what it said.
+// killRound runs a child, kills it a random time after it has said some of what it does, however slow it is, and notes all that.
 func killRound(t *testing.T, root string, want map[string]known) int {
 	t.Helper()
 	cmd := exec.Command(os.Args[0])
@@ -94,10 +94,16 @@ func killRound(t *testing.T, root string, want map[string]known) int {
 	if lines.Scan(); lines.Text() != "ready" {
 		t.Errorf("child: %s", lines.Text())
 	}
-	timer := time.AfterFunc(time.Duration(rand.Int64N(int64(8*time.Millisecond))), func() { _ = cmd.Process.Kill() })
-	defer timer.Stop()
+	kill := func() { _ = cmd.Process.Kill() }
 	steps := 0
-	for lines.Scan() {
+	for left := rand.IntN(12); ; left-- {
+		if left == 0 {
+			timer := time.AfterFunc(time.Duration(rand.Int64N(int64(4*time.Millisecond))), kill)
+			defer timer.Stop()
+		}
+		if !lines.Scan() {
+			break
+		}
 		steps += note(t, lines.Text(), want)
 	}
 	_, _ = io.Copy(io.Discard, out)

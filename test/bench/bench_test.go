@@ -44,11 +44,15 @@ func TestBars(t *testing.T) {
 	r.add("free", 1, "MiB")
 	r.compare("throughput above", 96, 100, "MiB/s").atLeast(0.95)
 	r.compare("throughput below", 94, 100, "MiB/s").atLeast(0.95)
-	want := []string{"held", "MISSED", "held", "MISSED", "", "held", "MISSED"}
+	r.compare("over nothing", 1, 0, "% of a core").within(1)
+	want := []string{"held", "MISSED", "held", "MISSED", "", "held", "MISSED", ""}
 	for i, f := range r.figures {
 		if f.held() != want[i] {
 			t.Errorf("%s: %q, want %q", f.Name, f.held(), want[i])
 		}
+	}
+	if _, err := json.Marshal(r.figures); err != nil {
+		t.Error(err)
 	}
 	data, err := json.Marshal(r.figures[4])
 	if err != nil {
@@ -59,27 +63,73 @@ func TestBars(t *testing.T) {
 	}
 }
 
+func TestMediansKeepWhatTheyAreOf(t *testing.T) {
+	var r report
+	r.medians("start", durations{3 * time.Millisecond, time.Millisecond, 2 * time.Millisecond}, durations{4 * time.Millisecond})
+	data, err := json.Marshal(r.figures[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := `{"name":"start","value":2,"unit":"ms","baseline":4,"ratio":0.5,"bar":null,"samples":[3,1,2],"baselineSamples":[4]}`
+	if string(data) != want {
+		t.Errorf("a figure is written as %s, want %s", data, want)
+	}
+}
+
 func TestReadMaps(t *testing.T) {
 	m, err := readMaps(strings.NewReader(`7f0000000000-7f0014000000 rw-s 00000000 00:01 1036 /memfd:memory-backend-memfd (deleted)
 Rss:              120000 kB
 Pss:              100000 kB
 Pss_Dirty:          9999 kB
 VmFlags: rd wr
+Private_Dirty:     90000 kB
 7f0014000000-7f0014001000 r-xp 00000000 08:01 77 /usr/bin/qemu-system-x86_64
 Pss:                 300 kB
+Private_Clean:       100 kB
+Private_Dirty:        50 kB
 7f0014001000-7f0014002000 rw-p 00000000 00:00 0
 Pss:                  24 kB
+Private_Dirty:        24 kB
+7f0014002000-7f0014003000 ---p 00000000 00:00 0
+Pss:                   0 kB
+7f0014003000-7f0014803000 rw-p 00000000 00:00 0
+Pss:                  40 kB
 7f0016000000-7f001e000000 rwxp 00000000 00:00 0
 Pss:               60000 kB
+Private_Dirty:     60000 kB
+7f001e000000-7f001e021000 rw-p 00000000 00:00 0
+Pss:                  60 kB
+7f001e021000-7f0022000000 ---p 00000000 00:00 0
+Pss:                   0 kB
+7f0022000000-7f0022021000 rw-p 00000000 00:00 0
+Pss:                  16 kB
+7ffd10000000-7ffd10021000 rw-p 00000000 00:00 0 [stack]
+Pss:                   8 kB
 `))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if want := (mapped{total: 160324 << 10, guest: 100000 << 10, code: 60000 << 10}); m != want {
+	if want := (mapped{
+		guest: 100000 << 10, code: 60000 << 10, anonymous: 100 << 10, stacks: 48 << 10, files: 300 << 10, private: 60174 << 10,
+	}); m != want {
 		t.Errorf("readMaps = %+v, want %+v", m, want)
 	}
-	if _, err := readMaps(strings.NewReader("Pss: many kB\n")); err == nil {
-		t.Error("readMaps takes a number that is none")
+	for _, bad := range []string{"Pss: many kB\n", "1000-none rw-p 00000000 00:00 0\n"} {
+		if _, err := readMaps(strings.NewReader(bad)); err == nil {
+			t.Errorf("readMaps takes %q", bad)
+		}
+	}
+}
+
+func TestReadStat(t *testing.T) {
+	got, err := readStat("cpu  100 20 3 9999 9999 4 5 9999 0 0\ncpu0 1 1 1 1 1 1 1 1 0 0\n")
+	if want := 1320 * time.Millisecond; err != nil || got != want {
+		t.Errorf("readStat = %v, %v; want %v", got, err, want)
+	}
+	for _, bad := range []string{"", "cpu0 1 2 3 4 5 6 7 8\n", "cpu 1 2\n", "cpu 1 2 many 4 5 6 7 8\n"} {
+		if _, err := readStat(bad); err == nil {
+			t.Errorf("readStat takes %q", bad)
+		}
 	}
 }
 

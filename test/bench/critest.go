@@ -43,7 +43,7 @@ func (b *bench) criBenchmarks(ctx context.Context) error {
 	for k, way := range ways[1:] {
 		for _, operation := range slices.Sorted(maps.Keys(took[0])) {
 			value, base := durations(took[k+1][operation]), durations(took[0][operation])
-			b.report.compare(fmt.Sprintf("critest's %s, %s, p50", operation, way.name), value.median(), base.median(), "ms")
+			b.report.medians(fmt.Sprintf("critest's %s, %s, p50", operation, way.name), value, base)
 		}
 	}
 	return nil

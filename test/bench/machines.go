@@ -140,8 +140,8 @@ func (b *bench) machineBoots(ctx context.Context) error {
 		}
 	}
 	r := &b.report
-	r.compare("machine: StartContainer to the kernel's first line, over bare QEMU, p50", machine.kernel.median(), bare.kernel.median(), "ms").within(machineBootBar)
-	r.compare("machine: StartContainer to the end of boot, over bare QEMU, p50", machine.booted.median(), bare.booted.median(), "ms").within(machineBootBar)
+	r.medians("machine: StartContainer to the kernel's first line, over bare QEMU, p50", machine.kernel, bare.kernel).within(machineBootBar)
+	r.medians("machine: StartContainer to the end of boot, over bare QEMU, p50", machine.booted, bare.booted).within(machineBootBar)
 	return nil
 }
 
@@ -165,7 +165,6 @@ func (b *bench) sharedImage(ctx context.Context) (err error) {
 	}
 	var pods []*pod
 	defer func() { err = errors.Join(err, removeAll(ctx, pods)) }()
-	var sum mapped
 	var disk uint64
 	for i := range b.sharing {
 		p, err := b.runMachine(ctx, fmt.Sprintf("sharing-%d", i))
@@ -186,17 +185,14 @@ func (b *bench) sharedImage(ctx context.Context) (err error) {
 	if err := sleep(ctx, settle); err != nil {
 		return err
 	}
-	for _, p := range pods {
-		m, err := memoryOf(p.id)
-		if err != nil {
-			return err
-		}
-		sum.add(m)
+	sum, err := memoryOfAll(pods)
+	if err != nil {
+		return err
 	}
 	each := float64(len(pods)) * (1 << 20)
 	of := fmt.Sprintf(", of %d of one image", len(pods))
 	b.report.add("machine: disk beyond the image"+of, float64(disk)/each, "MiB")
-	b.report.add("machine: memory beyond the guest's"+of, float64(sum.total-sum.guest)/each, "MiB")
+	b.report.add("machine: memory beyond the guest's"+of, float64(sum.own())/each, "MiB")
 	b.report.add("  of it code translated by TCG", float64(sum.code)/each, "MiB")
 	return nil
 }

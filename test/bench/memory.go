@@ -12,91 +12,34 @@ import (
 	"strconv"
 	"strings"
 	"time"
-
-	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
 // settle is how long nothing is asked of a pod before it counts as idle.
 const settle = 5 * time.Second
 
-// What an idle VM pod may take, in MiB, and of the daemon's memory, in KiB.
-const (
-	podMemoryBar    = 60
-	ownMemoryBar    = 25
-	daemonMemoryBar = 300
-	// idleMemoryLimit of the pods' containers and the guest's overhead of 64 MiB are VMs of 128 MiB.
-	idleMemoryLimit = 64 << 20
-)
-
-// mapped is the memory of processes in bytes, shared pages divided among those that share them.
+// mapped is the memory of processes in bytes, by what it is for; shared pages are divided among those that share them.
 type mapped struct {
-	total int64
-	guest int64 // of it the guest's own memory
-	code  int64 // of it machine code that was made at run time: the guest's, translated by TCG
+	guest     int64 // the guest's own
+	code      int64 // machine code that was made at run time: the guest's, translated by TCG
+	anonymous int64 // heap, and what else is nobody's file
+	stacks    int64
+	files     int64 // programs, libraries, what is mapped of devices
+
+	private int64 // of all but the guest's, what no other process has
 }
+
+func (m *mapped) total() int64 { return m.guest + m.own() }
+
+// own is what is not the guest's.
+func (m *mapped) own() int64 { return m.code + m.anonymous + m.stacks + m.files }
 
 func (m *mapped) add(n mapped) {
-	m.total += n.total
 	m.guest += n.guest
 	m.code += n.code
-}
-
-// idleMemory measures VM pods that have one waiting container each, and what the daemon needs for them: the difference
-// between a daemon that has just started and found them, and one that found none.
-func (b *bench) idleMemory(ctx context.Context) (err error) {
-	before, err := b.freshDaemon(ctx, nil)
-	if err != nil {
-		return err
-	}
-	var pods []*pod
-	defer func() { err = errors.Join(err, removeAll(ctx, pods)) }()
-	for i := range b.idle {
-		p, err := b.runPodWith(ctx, b.vm, vmHandler, fmt.Sprintf("idle-%d", i), func(c *runtimeapi.PodSandboxConfig) {
-			c.Linux.Resources = &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: idleMemoryLimit}
-		})
-		if err != nil {
-			return err
-		}
-		pods = append(pods, p)
-		if err := b.startIn(ctx, p); err != nil {
-			return err
-		}
-	}
-	if err := sleep(ctx, settle); err != nil {
-		return err
-	}
-	var sum mapped
-	for _, p := range pods {
-		m, err := memoryOf(p.id)
-		if err != nil {
-			return err
-		}
-		sum.add(m)
-	}
-	busy, err := podsCPU(pods)
-	if err != nil {
-		return err
-	}
-	looked := time.Now()
-	if err := b.idleCPU(ctx, fmt.Sprintf("%d VM pods", len(pods))); err != nil {
-		return err
-	}
-	busier, err := podsCPU(pods)
-	if err != nil {
-		return err
-	}
-	b.report.add("processor time of an idle VM pod", float64(busier-busy)/float64(time.Since(looked))/float64(len(pods))*100, "% of a core")
-	after, err := b.freshDaemon(ctx, nil)
-	if err != nil {
-		return err
-	}
-	each := float64(len(pods)) * (1 << 20)
-	b.report.add("memory (PSS) per idle VM pod, with QEMU and helpers", float64(sum.total)/each, "MiB").within(podMemoryBar)
-	b.report.add("memory per idle VM pod beyond the guest's", float64(sum.total-sum.guest)/each, "MiB").within(ownMemoryBar)
-	b.report.add("  of it code translated by TCG", float64(sum.code)/each, "MiB")
-	b.report.add("  not of it: the guest's own, touched", float64(sum.guest)/each, "MiB")
-	b.report.add(fmt.Sprintf("daemon's memory per VM pod, of %d running", len(pods)), float64(after-before)/each*1024, "KiB").within(daemonMemoryBar)
-	return nil
+	m.anonymous += n.anonymous
+	m.stacks += n.stacks
+	m.files += n.files
+	m.private += n.private
 }
 
 func (b *bench) startIn(ctx context.Context, p *pod) error {
@@ -106,11 +49,16 @@ func (b *bench) startIn(ctx context.Context, p *pod) error {
 	return err
 }
 
-// freshDaemon starts vmruntime anew, as restart does, and returns its anonymous memory in bytes. That of a daemon
-// that has worked for a while has more garbage in it than pods.
-func (b *bench) freshDaemon(ctx context.Context, change func() error) (int64, error) {
+// freshDaemon starts vmruntime anew, as restart does, and returns its anonymous memory in bytes when it is ready and has settled. That of a
+// daemon that has worked for a while has more garbage in it than pods.
+func (b *bench) freshDaemon(ctx context.Context, change, ready func() error) (int64, error) {
 	if err := b.restart(ctx, change); err != nil {
 		return 0, err
+	}
+	if ready != nil {
+		if err := ready(); err != nil {
+			return 0, err
+		}
 	}
 	if err := sleep(ctx, settle); err != nil {
 		return 0, err
@@ -128,19 +76,41 @@ func sleep(ctx context.Context, d time.Duration) error {
 }
 
 // podsCPU is the processor time that the processes of pods have used.
-func podsCPU(pods []*pod) (sum time.Duration, err error) {
-	for _, p := range pods {
-		pids, err := processesOf(p.id)
+func podsCPU(pods []*pod) (time.Duration, error) {
+	pids, err := processesOfAll(pods)
+	if err != nil {
+		return 0, err
+	}
+	return processesCPU(pids)
+}
+
+func processesCPU(pids []int) (sum time.Duration, err error) {
+	for _, pid := range pids {
+		d, err := processCPU(pid)
 		if err != nil {
 			return 0, err
 		}
-		for _, pid := range pids {
-			d, err := processCPU(pid)
-			if err != nil {
-				return 0, err
-			}
-			sum += d
+		sum += d
+	}
+	return sum, nil
+}
+
+func processesOfAll(pods []*pod) ([]int, error) {
+	var ids []string
+	for _, p := range pods {
+		ids = append(ids, p.id)
+	}
+	return processesOf(ids...)
+}
+
+// memoryOfAll adds up pods.
+func memoryOfAll(pods []*pod) (sum mapped, err error) {
+	for _, p := range pods {
+		m, err := memoryOf(p.id)
+		if err != nil {
+			return sum, err
 		}
+		sum.add(m)
 	}
 	return sum, nil
 }
@@ -168,7 +138,8 @@ func memoryOf(podID string) (m mapped, err error) {
 	return m, nil
 }
 
-func processesOf(podID string) ([]int, error) {
+// processesOf are those in cgroups that bear one of the IDs.
+func processesOf(podIDs ...string) ([]int, error) {
 	files, err := filepath.Glob("/proc/[0-9]*/cgroup")
 	if err != nil {
 		return nil, err
@@ -176,7 +147,7 @@ func processesOf(podID string) ([]int, error) {
 	var pids []int
 	for _, file := range files {
 		data, err := os.ReadFile(file)
-		if err != nil || !strings.Contains(string(data), podID) {
+		if err != nil || !slices.ContainsFunc(podIDs, func(id string) bool { return strings.Contains(string(data), id) }) {
 			continue // it has ended, or is another's
 		}
 		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(file)))
@@ -191,33 +162,70 @@ func processesOf(podID string) ([]int, error) {
 // guestMappings begin the names of the mapping of the guest's memory: its own or a copy of a template's, and a template's.
 func guestMappings() []string { return []string{"/memfd:memory", "/memfd:template"} }
 
-// readMaps adds up the Pss of /proc/PID/smaps. A mapping's first line is ADDRESSES PERMISSIONS OFFSET DEVICE INODE NAME,
-// the others are KEY: VALUE.
+// readMaps adds up /proc/PID/smaps. A mapping's first line is ADDRESSES PERMISSIONS OFFSET DEVICE INODE NAME, the others are KEY: VALUE.
 func readMaps(r io.Reader) (m mapped, err error) {
-	guest, code := false, false
+	var here, before mapping
+	kind := &m.anonymous
 	lines := bufio.NewScanner(r)
 	for lines.Scan() {
 		line := lines.Text()
-		if fields := strings.Fields(line); len(fields) >= 5 && strings.Contains(fields[0], "-") {
-			guest = len(fields) > 5 && slices.ContainsFunc(guestMappings(), func(name string) bool { return strings.HasPrefix(fields[5], name) })
-			code = len(fields) == 5 && strings.HasPrefix(fields[1], "rwx")
+		fields := strings.Fields(line)
+		if len(fields) >= 5 && strings.Contains(fields[0], "-") {
+			before = here
+			if here, err = newMapping(fields); err != nil {
+				return m, fmt.Errorf("smaps: %q: %w", line, err)
+			}
+			kind = here.kind(&m, before)
 			continue
 		}
-		rest, ok := strings.CutPrefix(line, "Pss:")
-		if !ok {
+		if len(fields) == 0 || !slices.Contains([]string{"Pss:", "Private_Clean:", "Private_Dirty:"}, fields[0]) {
 			continue
 		}
-		pss, err := kilobytes(rest)
+		bytes, err := kilobytes(strings.TrimPrefix(line, fields[0]))
 		if err != nil {
 			return m, fmt.Errorf("smaps: %q: %w", line, err)
 		}
-		m.total += pss
-		if guest {
-			m.guest += pss
-		}
-		if code {
-			m.code += pss
+		switch {
+		case fields[0] == "Pss:":
+			*kind += bytes
+		case kind != &m.guest:
+			m.private += bytes
 		}
 	}
 	return m, lines.Err()
+}
+
+// mapping is the first line of one.
+type mapping struct {
+	begin, end        uint64
+	permissions, name string
+}
+
+func newMapping(fields []string) (m mapping, err error) {
+	m.permissions = fields[1]
+	if len(fields) > 5 {
+		m.name = fields[5]
+	}
+	begin, end, _ := strings.Cut(fields[0], "-")
+	var endErr error
+	m.begin, err = strconv.ParseUint(begin, 16, 64)
+	m.end, endErr = strconv.ParseUint(end, 16, 64)
+	return m, errors.Join(err, endErr)
+}
+
+// kind is where a mapping counts. That of a thread's stack has no name, but right before it is a page that nobody may touch. What a heap has not
+// used yet may nobody touch either, but that is more.
+func (m mapping) kind(of *mapped, before mapping) *int64 {
+	guard := before.end == m.begin && before.permissions == "---p" && before.end-before.begin == uint64(os.Getpagesize())
+	switch {
+	case slices.ContainsFunc(guestMappings(), func(name string) bool { return strings.HasPrefix(m.name, name) }):
+		return &of.guest
+	case strings.HasPrefix(m.name, "/"):
+		return &of.files
+	case m.name == "" && strings.HasPrefix(m.permissions, "rwx"):
+		return &of.code
+	case m.name == "[stack]" || m.name == "" && guard:
+		return &of.stacks
+	}
+	return &of.anonymous
 }

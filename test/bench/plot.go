@@ -18,7 +18,7 @@ func (p *plot) add(name string, d durations) {
 
 // Sizes of the picture.
 const (
-	plotLeft  = 190 // where the axis begins
+	plotLeft  = 330 // where the axis begins
 	plotWidth = 560 // of the axis
 	plotRow   = 44
 	plotTop   = 30

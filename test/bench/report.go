@@ -22,10 +22,13 @@ type figure struct {
 	Ratio    *float64 `json:"ratio"`
 	Bar      *float64 `json:"bar"`
 	AtLeast  bool     `json:"atLeast,omitempty"`
+	// Samples are all measurements of which the value is the median, in their order; BaselineSamples those of the baseline.
+	Samples         []float64 `json:"samples,omitempty"`
+	BaselineSamples []float64 `json:"baselineSamples,omitempty"`
 }
 
 func (f figure) held() string {
-	if f.Bar == nil {
+	if f.Bar == nil || f.Baseline != nil && f.Ratio == nil {
 		return ""
 	}
 	measured := f.Value
@@ -50,11 +53,20 @@ func (r *report) add(name string, value float64, unit string) *figure {
 	return &r.figures[len(r.figures)-1]
 }
 
-// compare adds a figure with what it is compared to.
+// compare adds a figure with what it is compared to. There is no ratio to nothing.
 func (r *report) compare(name string, value, baseline float64, unit string) *figure {
-	ratio := value / baseline
 	f := r.add(name, value, unit)
-	f.Baseline, f.Ratio = &baseline, &ratio
+	f.Baseline = &baseline
+	if baseline != 0 {
+		f.Ratio = new(value / baseline)
+	}
+	return f
+}
+
+// medians adds a figure of repetitions, with all of them.
+func (r *report) medians(name string, value, baseline durations) *figure {
+	f := r.compare(name, value.median(), baseline.median(), "ms")
+	f.Samples, f.BaselineSamples = value.milliseconds(), baseline.milliseconds()
 	return f
 }
 
@@ -110,5 +122,13 @@ func (d durations) at(quantile float64) float64 {
 }
 
 func (d durations) median() float64 { return d.at(0.5) }
+
+func (d durations) milliseconds() []float64 {
+	var out []float64
+	for _, one := range d {
+		out = append(out, milliseconds(one))
+	}
+	return out
+}
 
 func milliseconds(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }

@@ -38,7 +38,7 @@ func (b *bench) storedPods(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	empty, err := b.freshDaemon(ctx, nil)
+	empty, err := b.freshDaemon(ctx, nil, nil)
 	if err != nil {
 		return err
 	}
@@ -55,11 +55,11 @@ func (b *bench) storedPods(ctx context.Context) (err error) {
 			}
 		}
 		return nil
-	})
+	}, nil)
 	if err != nil {
 		return err
 	}
-	if err := b.idleCPU(ctx, fmt.Sprintf("%d VM pods stored", b.stored)); err != nil {
+	if err := b.idleCPU(ctx, fmt.Sprintf("%d VM pods stored", b.stored), nil); err != nil {
 		return err
 	}
 	if err := b.measureLists(ctx); err != nil {

@@ -1,6 +1,6 @@
 // Package cluster brings up a real Kubernetes of one node on vmruntime: etcd, the API server, controller manager,
-// scheduler, kubelet, kube-proxy and CoreDNS at the versions that test/tools pins, on a node of test/node. The
-// kubelet knows vmruntime's socket only; the RuntimeClass `vm` is that of deploy/.
+// scheduler, kubelet, kube-proxy, CoreDNS and the metrics server at the versions that test/tools pins, on a node of
+// test/node. The kubelet knows vmruntime's socket only; the RuntimeClass `vm` is that of deploy/.
 //
 // A cluster lives in the network namespace and below the root directory of its node, so that several can run on one
 // machine; all it starts it ends by PID. A test program has one cluster, which its TestMain starts and stops:
@@ -60,7 +60,7 @@ type Cluster struct {
 // Start brings a cluster up and returns when its node is ready. If it fails, nothing is left behind.
 func Start(ctx context.Context, o Options) (c *Cluster, err error) {
 	c = &Cluster{tools: map[string]string{}, daemons: map[string]*node.Daemon{}}
-	for _, name := range []string{"etcd", "kubernetes", "coredns"} {
+	for _, name := range []string{"etcd", "kubernetes", "coredns", "metrics-server"} {
 		if c.tools[name], err = tools.Dir(name); err != nil {
 			return nil, err
 		}
@@ -113,9 +113,9 @@ func (c *Cluster) start(ctx context.Context) error {
 	return c.node.SetBaseline(ctx)
 }
 
-// apply makes what every cluster has: the RuntimeClass and the DNS Service.
+// apply makes what every cluster has: the RuntimeClass, and the Services of DNS and of the metrics.
 func (c *Cluster) apply(ctx context.Context) error {
-	for _, file := range []string{filepath.Join(deployDir(), "runtimeclass.yaml"), c.path("dns.yaml")} {
+	for _, file := range []string{filepath.Join(deployDir(), "runtimeclass.yaml"), c.path("dns.yaml"), c.path("metrics.yaml")} {
 		if _, err := c.Kubectl(ctx, "apply", "-f", file); err != nil {
 			return err
 		}
@@ -131,6 +131,9 @@ func deployDir() string {
 
 // Node is the machine that the cluster runs on.
 func (c *Cluster) Node() *node.Node { return c.node }
+
+// KubeletPID is the kubelet's process ID, 0 when it does not run.
+func (c *Cluster) KubeletPID() int { return c.daemons["kubelet"].PID() }
 
 // Client is client-go as the cluster's administrator.
 func (c *Cluster) Client() kubernetes.Interface { return c.client }

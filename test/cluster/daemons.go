@@ -35,6 +35,7 @@ func (c *Cluster) services() []service {
 		{name: "kube-controller-manager", set: "kubernetes", args: c.controllerArgs()},
 		{name: "kube-scheduler", set: "kubernetes", args: []string{"--kubeconfig", c.path("scheduler.conf"), "--leader-elect=false"}},
 		{name: "coredns", set: "coredns", args: []string{"-conf", c.path("Corefile")}, ready: c.healthy("http://127.0.0.1:8181/ready")},
+		{name: "metrics-server", set: "metrics-server", args: c.metricsArgs()}, // ready when it has figures, which TestTop waits for
 		{name: "kubelet", set: "kubernetes", args: c.kubeletArgs(), ready: c.nodeReady},
 		{name: "kube-proxy", set: "kubernetes", args: []string{"--config", c.path("proxy.yaml")}, ready: c.healthy("http://127.0.0.1:10256/healthz")},
 	}
@@ -42,7 +43,7 @@ func (c *Cluster) services() []service {
 
 // stopOrder are the programs in the order in which they end.
 func stopOrder() []string {
-	return []string{"kube-proxy", "kubelet", "coredns", "kube-scheduler", "kube-controller-manager", "kube-apiserver", "etcd"}
+	return []string{"kube-proxy", "kubelet", "metrics-server", "coredns", "kube-scheduler", "kube-controller-manager", "kube-apiserver", "etcd"}
 }
 
 func (c *Cluster) etcdArgs() []string {
@@ -69,6 +70,7 @@ func (c *Cluster) apiserverArgs() []string {
 		"--requestheader-username-headers=X-Remote-User", "--requestheader-group-headers=X-Remote-Group",
 		"--requestheader-extra-headers-prefix=X-Remote-Extra-", "--feature-gates=" + stopSignals,
 		"--proxy-client-cert-file=" + pki("front-proxy.crt"), "--proxy-client-key-file=" + pki("front-proxy.key"),
+		"--enable-aggregator-routing", // to endpoints: the node has no route to the addresses of Services
 	}
 }
 
@@ -90,6 +92,17 @@ func (c *Cluster) kubeletArgs() []string {
 		"--feature-gates=" + strings.Join(append([]string{stopSignals}, c.gates...), ","),
 		"--config=" + c.path("kubelet.yaml"), "--kubeconfig=" + c.path("kubelet.conf"), "--root-dir=" + c.kubeletRoot(),
 		"--hostname-override=" + NodeName, "--node-ip=" + nodeIPv4 + "," + nodeIPv6, "--node-labels=vmruntime.io/ready=true", "--v=2",
+	}
+}
+
+// metricsArgs have the figures of the last quarter of a minute.
+func (c *Cluster) metricsArgs() []string {
+	config := c.path("node-admin.conf")
+	return []string{
+		"--kubeconfig=" + config, "--authentication-kubeconfig=" + config, "--authorization-kubeconfig=" + config,
+		"--bind-address=" + nodeIPv4, "--secure-port=" + metricsPort, "--metric-resolution=15s",
+		"--tls-cert-file=" + c.path("pki", "metrics-server.crt"), "--tls-private-key-file=" + c.path("pki", "metrics-server.key"),
+		"--kubelet-preferred-address-types=InternalIP", "--kubelet-use-node-status-port",
 	}
 }
 

@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"crypto/x509/pkix"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"os"
@@ -16,6 +17,7 @@ func identities() map[string]pkix.Name {
 		"admin":              {CommonName: "admin", Organization: []string{"system:masters"}},
 		"apiserver":          {CommonName: "apiserver", Organization: []string{"system:masters"}}, // also to kubelets
 		"front-proxy":        {CommonName: "front-proxy"},
+		"metrics-server":     {CommonName: "metrics-server"},
 		"service-account":    {CommonName: "service-account"},
 		"controller-manager": {CommonName: "system:kube-controller-manager"},
 		"scheduler":          {CommonName: "system:kube-scheduler"},
@@ -39,15 +41,21 @@ func (c *Cluster) writeFiles() error {
 	if err := c.writeIdentities(); err != nil {
 		return err
 	}
+	ca, err := os.ReadFile(c.path("pki", "ca.crt"))
+	if err != nil {
+		return err
+	}
 	values := map[string]string{
 		"Dir": c.path(), "Kubelet": c.kubeletRoot(), "Logs": c.podLogs(), "Socket": c.node.Socket(), "Cgroup": c.node.CgroupParent(),
 		"NodeName": NodeName, "NodeIPv4": nodeIPv4, "NodeIPv6": nodeIPv6, "DNSIPv4": dnsIPv4, "DNSIPv6": dnsIPv6, "PodCIDRs": podCIDRs,
+		"CA": base64.StdEncoding.EncodeToString(ca), "MetricsPort": metricsPort,
 	}
 	return errors.Join(
 		writeTemplate(c.path("kubelet.yaml"), kubeletConfig, values),
 		writeTemplate(c.path("proxy.yaml"), proxyConfig, values),
 		writeTemplate(c.path("Corefile"), corefile, values),
 		writeTemplate(c.path("dns.yaml"), dnsService, values),
+		writeTemplate(c.path("metrics.yaml"), metricsService, values),
 	)
 }
 
@@ -58,7 +66,7 @@ func (c *Cluster) writeIdentities() error {
 		return err
 	}
 	for name, subject := range identities() {
-		err := ca.issue(name, subject, NodeName, nodeIPv4, nodeIPv6, serviceIPv4, "127.0.0.1", "kubernetes.default.svc")
+		err := ca.issue(name, subject, NodeName, nodeIPv4, nodeIPv6, serviceIPv4, "127.0.0.1", "kubernetes.default.svc", metricsHost)
 		if err != nil {
 			return fmt.Errorf("issue certificate %s: %w", name, err)
 		}
@@ -211,4 +219,36 @@ ports:
 - {name: dns, protocol: UDP, port: 53}
 - {name: dns-tcp, protocol: TCP, port: 53}
 endpoints: [{addresses: ["{{.NodeIPv6}}"]}]
+`
+
+// metricsHost is what the API server expects the metrics server's certificate to be for.
+const metricsHost = "metrics-server.kube-system.svc"
+
+// The API server passes on what is asked of metrics.k8s.io, to a metrics server that runs on the node itself too.
+const metricsService = `apiVersion: v1
+kind: Service
+metadata: {name: metrics-server, namespace: kube-system}
+spec:
+  ports: [{name: https, port: 443, targetPort: {{.MetricsPort}}}]
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata:
+  name: metrics-server
+  namespace: kube-system
+  labels: {kubernetes.io/service-name: metrics-server}
+addressType: IPv4
+ports: [{name: https, port: {{.MetricsPort}}}]
+endpoints: [{addresses: [{{.NodeIPv4}}]}]
+---
+apiVersion: apiregistration.k8s.io/v1
+kind: APIService
+metadata: {name: v1beta1.metrics.k8s.io}
+spec:
+  group: metrics.k8s.io
+  version: v1beta1
+  groupPriorityMinimum: 100
+  versionPriority: 100
+  service: {name: metrics-server, namespace: kube-system}
+  caBundle: {{.CA}}
 `

@@ -19,8 +19,10 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/tools/remotecommand"
 
@@ -34,7 +36,7 @@ func TestLogs(t *testing.T) {
 containers:
 - name: main
   image: BUSYBOX
-  command: [sh, -c, "if [ ! -e /d/again ]; then touch /d/again; echo first; exit 3; fi; seq 1 10; echo err >&2; sleep 1000000"]
+  command: [sh, -c, "if [ ! -e /d/again ]; then touch /d/again; echo first; exit 3; fi; seq 1 10; sleep 1; echo err >&2; sleep 1000000"]
   volumeMounts: [{name: d, mountPath: /d}]
 volumes: [{name: d, emptyDir: {}}]`)
 		n.awaitPod(t, "p", "run again", func(p *corev1.Pod) bool {
@@ -56,8 +58,26 @@ volumes: [{name: d, emptyDir: {}}]`)
 		if got := n.kubectl(t, "logs", "p", "--tail=1"); got != "err" && got != "10" {
 			t.Errorf("logs --tail=1 is %q, want the last line of one stream", got)
 		}
+		since(t, n)
 		follow(t, n)
 	})
+}
+
+// since asks for what came into a log after a time between its lines, which a slow kubectl does not miss.
+func since(t *testing.T, n *namespace) {
+	t.Helper()
+	const apart = 20 * time.Second
+	time.Sleep(time.Until(loggedAt(t, n, "p", "err").Add(apart)))
+	n.exec(t, "p", "echo recent >/proc/1/fd/1")
+	n.awaitLogs(t, "p", "main", "recent")
+	between := loggedAt(t, n, "p", "recent").Add(-apart / 2)
+	for _, flag := range []string{
+		fmt.Sprintf("--since=%ds", int(time.Since(between).Seconds())), "--since-time=" + between.Format(time.RFC3339),
+	} {
+		if got := n.kubectl(t, "logs", "p", flag); got != "recent" {
+			t.Errorf("logs %s is %q, want %q", flag, got, "recent")
+		}
+	}
 }
 
 // follow reads a log that grows until its pod is gone.
@@ -168,14 +188,20 @@ func (s sizes) Next() *remotecommand.TerminalSize {
 	return &size
 }
 
+// twoSizes waits for a line, which comes when there is someone to see the rest, and then for its terminal to have two sizes.
+const twoSizes = `read line; until [ "$(stty size)" = '40 100' ]; do sleep 0.1; done; echo one; until [ "$(stty size)" = '25 81' ]; do sleep 0.1; done; tty; echo two`
+
 // execResized changes the size of a command's terminal while it runs.
 func execResized(t *testing.T, n *namespace) {
 	t.Helper()
-	request := n.Client().CoreV1().RESTClient().Post().Resource("pods").Namespace(n.name).Name("p").SubResource("exec").
-		VersionedParams(&corev1.PodExecOptions{
-			Command: []string{"sh", "-c", "until [ \"$(stty size)\" = '40 100' ]; do sleep 0.1; done; echo one; until [ \"$(stty size)\" = '25 81' ]; do sleep 0.1; done; tty; echo two"},
-			Stdin:   true, Stdout: true, TTY: true,
-		}, scheme.ParameterCodec)
+	resized(t, n, "p", "exec", &corev1.PodExecOptions{Command: []string{"sh", "-c", twoSizes}, Stdin: true, Stdout: true, TTY: true})
+}
+
+// resized changes the size of the terminal of twoSizes, which is reached by a pod's subresource.
+func resized(t *testing.T, n *namespace, pod, subresource string, options runtime.Object) {
+	t.Helper()
+	request := n.Client().CoreV1().RESTClient().Post().Resource("pods").Namespace(n.name).Name(pod).SubResource(subresource).
+		VersionedParams(options, scheme.ParameterCodec)
 	executor, err := remotecommand.NewWebSocketExecutor(n.RestConfig(), http.MethodGet, request.URL().String())
 	if err != nil {
 		t.Fatal(err)
@@ -184,11 +210,12 @@ func execResized(t *testing.T, n *namespace) {
 	defer close(queue)
 	queue <- remotecommand.TerminalSize{Width: 100, Height: 40}
 	output := &resizer{queue: queue}
-	stdin, hold := io.Pipe()
+	end, hold := io.Pipe()
 	defer hold.Close()
+	stdin := io.MultiReader(strings.NewReader("\n"), end)
 	err = executor.StreamWithContext(n.ctx, remotecommand.StreamOptions{Stdin: stdin, Stdout: output, Tty: true, TerminalSizeQueue: queue})
 	if err != nil || !strings.Contains(output.String(), "one\r\n/dev/") || !strings.HasSuffix(output.String(), "two\r\n") {
-		t.Errorf("exec with a terminal whose size changes printed %q: %v", output.String(), err)
+		t.Errorf("%s with a terminal whose size changes printed %q: %v", subresource, output.String(), err)
 	}
 }
 
@@ -231,6 +258,12 @@ containers:
 			t.Errorf("kubectl attach -i printed %q, %v", out, err)
 		}
 		n.awaitPod(t, "q", "succeed when its input ends", inPhase(corev1.PodSucceeded))
+		n.run(t, "terminal", fmt.Sprintf(`
+restartPolicy: Never
+containers:
+- {name: main, image: BUSYBOX, stdin: true, tty: true, command: [sh, -c, %q]}`, twoSizes))
+		resized(t, n, "terminal", "attach", &corev1.PodAttachOptions{Stdin: true, Stdout: true, TTY: true})
+		n.awaitPod(t, "terminal", "succeed at its program's end", inPhase(corev1.PodSucceeded))
 	})
 }
 

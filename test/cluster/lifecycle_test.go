@@ -1,6 +1,7 @@
 package cluster_test
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -12,7 +13,9 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
+	"github.com/containerd/cgroups/v3"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -46,16 +49,55 @@ volumes: [{name: d, emptyDir: {}}]`)
 	})
 }
 
-// Hooks of each type tell a server that they run; what preStop does comes before the container's SIGTERM.
+// A sidecar that fails while the main container runs, and one that its probe finds bad, start again and leave the others alone.
+func TestSidecarRestart(t *testing.T) {
+	eachRuntime(t, func(t *testing.T, n *namespace) {
+		n.create(t, "p", `
+initContainers:
+- name: fails
+  image: BUSYBOX
+  restartPolicy: Always
+  command: [sh, -c, "[ -e /d/again ] && exec sleep 1000000; touch /d/again; until [ -e /d/main ]; do sleep 0.2; done; exit 3"]
+  volumeMounts: &d [{name: d, mountPath: /d}]
+- name: probed
+  image: BUSYBOX
+  restartPolicy: Always
+  command: [sleep, "1000000"]
+  livenessProbe: {exec: {command: [sh, -c, "[ -e /d/probed ] || { touch /d/probed; exit 1; }"]}, periodSeconds: 1, timeoutSeconds: 60, failureThreshold: 1}
+  volumeMounts: *d
+containers:
+- {name: main, image: BUSYBOX, command: [sh, -c, touch /d/main; exec sleep 1000000], volumeMounts: *d}
+volumes: [{name: d, emptyDir: {}}]`)
+		pod := n.awaitPod(t, "p", "have both sidecars run again", func(p *corev1.Pod) bool {
+			return ready(p) && !slices.ContainsFunc(p.Status.InitContainerStatuses, func(s corev1.ContainerStatus) bool {
+				return s.RestartCount != 1 || s.State.Running == nil
+			})
+		})
+		if last := pod.Status.InitContainerStatuses[0].LastTerminationState.Terminated; last == nil || last.ExitCode != 3 {
+			t.Errorf("the sidecar that fails with 3 ended with %v", last)
+		}
+		if status(t, pod, "main").RestartCount != 0 {
+			t.Errorf("the main container is restarted with its sidecars: %s", describe(pod))
+		}
+	})
+}
+
+// Hooks of each type tell a server that they run, or take their time; what preStop does comes before the container's SIGTERM.
 func TestHooks(t *testing.T) {
 	eachRuntime(t, func(t *testing.T, n *namespace) {
 		server := n.run(t, "server", `
 containers:
 - {name: main, image: AGNHOST, args: [netexec], readinessProbe: {httpGet: {port: 8080}}}`)
 		tell := "wget -q -O /dev/null http://" + server.Status.PodIP + ":8080/echo?msg="
-		n.run(t, "p", strings.NewReplacer("TELL", tell, "HOST", server.Status.PodIP).Replace(`
+		pod := n.run(t, "p", strings.NewReplacer("TELL", tell, "HOST", server.Status.PodIP).Replace(`
 terminationGracePeriodSeconds: 100
 containers:
+- name: sleep
+  image: BUSYBOX
+  command: [sh, -c, "trap 'TELLterm-sleep; exit' TERM; while :; do sleep 0.2; done"]
+  lifecycle:
+    postStart: {sleep: {seconds: 6}}
+    preStop: {sleep: {seconds: 6}}
 - name: exec
   image: BUSYBOX
   command: [sh, -c, "trap 'TELLterm-exec; exit' TERM; while :; do sleep 0.2; done"]
@@ -67,14 +109,13 @@ containers:
   command: [sh, -c, "trap 'TELLterm-http; exit' TERM; while :; do sleep 0.2; done"]
   lifecycle:
     postStart: {httpGet: {host: HOST, port: 8080, path: "/echo?msg=start-http"}}
-    preStop: {httpGet: {host: HOST, port: 8080, path: "/echo?msg=stop-http"}}
-- name: sleep
-  image: BUSYBOX
-  command: [sh, -c, "trap 'TELLterm-sleep; exit' TERM; while :; do sleep 0.2; done"]
-  lifecycle:
-    postStart: {sleep: {seconds: 1}}
-    preStop: {sleep: {seconds: 1}}`))
+    preStop: {httpGet: {host: HOST, port: 8080, path: "/echo?msg=stop-http"}}`))
 		n.awaitLogs(t, "server", "main", "start-exec", "start-http")
+		// The kubelet starts a container when the hook of that before it has ended.
+		if began := startedAt(t, pod, "sleep"); startedAt(t, pod, "exec").Sub(began) < 6*time.Second {
+			t.Errorf("the container after that whose postStart sleeps 6 s from %v on started at %v", began, startedAt(t, pod, "exec"))
+		}
+		deleted := time.Now()
 		n.kubectl(t, "delete", "pod", "p")
 		n.awaitLogs(t, "server", "main", "stop-exec", "stop-http", "term-exec", "term-http", "term-sleep")
 		log := n.kubectl(t, "logs", "server")
@@ -83,7 +124,36 @@ containers:
 				t.Errorf("preStop by %s ran after SIGTERM:\n%s", kind, log)
 			}
 		}
+		if at := loggedAt(t, n, "server", "term-sleep"); at.Sub(deleted) < 6*time.Second {
+			t.Errorf("the container whose preStop sleeps 6 s had SIGTERM %v after the pod was deleted", at.Sub(deleted))
+		}
 	})
+}
+
+// startedAt is when a pod's container that runs has started.
+func startedAt(t *testing.T, pod *corev1.Pod, container string) time.Time {
+	t.Helper()
+	running := status(t, pod, container).State.Running
+	if running == nil {
+		t.Fatalf("container %s does not run: %s", container, describe(pod))
+	}
+	return running.StartedAt.Time
+}
+
+// loggedAt is when the first line that holds a text came into the log of a pod's only container.
+func loggedAt(t *testing.T, n *namespace, pod, text string) time.Time {
+	t.Helper()
+	for line := range strings.Lines(n.kubectl(t, "logs", pod, "--timestamps")) {
+		if stamp, rest, _ := strings.Cut(line, " "); strings.Contains(rest, text) {
+			at, err := time.Parse(time.RFC3339Nano, stamp)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return at
+		}
+	}
+	t.Fatalf("the log of %s has no line with %q", pod, text)
+	return time.Time{}
 }
 
 // Probes of each type pass in one pod, and fail in another: its containers are restarted, and a probe that takes
@@ -136,6 +206,9 @@ containers:
 // How containers end, what is told about it, and when they are started again.
 func TestTermination(t *testing.T) {
 	eachRuntime(t, func(t *testing.T, n *namespace) {
+		n.create(t, "crash", `
+containers:
+- {name: main, image: BUSYBOX, command: [sh, -c, exit 5]}`)
 		n.create(t, "never", `
 restartPolicy: Never
 containers:
@@ -165,14 +238,46 @@ volumes: [{name: d, emptyDir: {}}]`)
 		if pod := n.awaitPod(t, "on-failure", "succeed", inPhase(corev1.PodSucceeded)); status(t, pod, "main").RestartCount != 1 {
 			t.Errorf("the pod that failed once: %s", describe(pod))
 		}
-		n.create(t, "deadline", "activeDeadlineSeconds: 1"+sleeper)
-		if pod := n.awaitPod(t, "deadline", "fail", inPhase(corev1.PodFailed)); pod.Status.Reason != "DeadlineExceeded" {
+		n.create(t, "deadline", `
+terminationGracePeriodSeconds: 6
+containers:
+- {name: main, image: BUSYBOX, command: [sh, -c, "trap 'echo asked' TERM; echo runs; while :; do sleep 0.2; done"]}`)
+		n.awaitLogs(t, "deadline", "main", "runs")
+		n.kubectl(t, "patch", "pod", "deadline", "-p", `{"spec":{"activeDeadlineSeconds":1}}`)
+		pod = n.awaitPod(t, "deadline", "fail", ended)
+		if pod.Status.Reason != "DeadlineExceeded" {
 			t.Errorf("the pod that took too long: %s", describe(pod))
 		}
+		asked := loggedAt(t, n, "deadline", "asked")
+		// The status tells whole seconds.
+		if got := status(t, pod, "main").State.Terminated; got.ExitCode != 137 || got.FinishedAt.Sub(asked) < 5*time.Second {
+			t.Errorf("the container that ignored SIGTERM at %v, with 6 s of grace, ended with %v", asked, got)
+		}
+		backsOff(t, n, "crash")
 	})
 }
 
-// Memory that a container, or a pod as a whole, may not use ends the container that wants it, and tells why.
+// backsOff waits for a pod whose container fails again and again to be started again, and to wait before it.
+func backsOff(t *testing.T, n *namespace, name string) {
+	t.Helper()
+	var restarts int32
+	for range 2 {
+		pod := n.awaitPod(t, name, fmt.Sprintf("wait after more than %d restarts", restarts), func(p *corev1.Pod) bool {
+			if len(p.Status.ContainerStatuses) == 0 {
+				return false
+			}
+			s := status(t, p, "main")
+			return s.RestartCount > restarts && s.State.Waiting != nil && s.State.Waiting.Reason == "CrashLoopBackOff"
+		})
+		s := status(t, pod, "main")
+		if last := s.LastTerminationState.Terminated; last == nil || last.ExitCode != 5 {
+			t.Errorf("the container that fails with 5 again and again: %s, last %v", describe(pod), last)
+		}
+		restarts = s.RestartCount
+	}
+}
+
+// Memory that a container, or a pod as a whole, may not use ends the container that wants it, tells why, and leaves its neighbour alone.
 func TestOOM(t *testing.T) {
 	eachRuntime(t, func(t *testing.T, n *namespace) {
 		// A kernel refuses at once what is more than all of its memory, and kills no one.
@@ -186,19 +291,66 @@ containers:
 restartPolicy: Never
 resources: {limits: {memory: 128Mi}}
 containers:
-- {name: main, image: BUSYBOX, command: [awk, 'GROW']}`, "GROW", grow))
+- {name: main, image: BUSYBOX, command: [awk, 'GROW']}
+- {name: other, image: BUSYBOX, command: [sleep, "1000000"]}`, "GROW", grow))
 		for _, name := range []string{"container", "pod"} {
-			pod := n.awaitPod(t, name, "have a container that ended", func(p *corev1.Pod) bool {
-				return len(p.Status.ContainerStatuses) > 0 && status(t, p, "main").State.Terminated != nil
+			pod := n.awaitPod(t, name, "have a container that ended and another that has started", func(p *corev1.Pod) bool {
+				return len(p.Status.ContainerStatuses) > 0 && status(t, p, "main").State.Terminated != nil && status(t, p, "other").State.Waiting == nil
 			})
 			if got := status(t, pod, "main").State.Terminated; got.Reason != "OOMKilled" || got.ExitCode != 137 {
 				t.Errorf("the container that used too much memory of its %s ended with %v", name, got)
 			}
-		}
-		if out := n.kubectl(t, "exec", "container", "-c", "other", "--", "echo", "lives"); out != "lives" {
-			t.Errorf("its neighbour prints %q", out)
+			if out := n.kubectl(t, "exec", name, "-c", "other", "--", "echo", "lives"); out != "lives" {
+				t.Errorf("the neighbour in its %s prints %q", name, out)
+			}
+			if name == "pod" {
+				podLimitRaised(t, n, pod)
+			}
 		}
 	})
+}
+
+// podLimitRaised raises a pod's limit: the memory of a VM, which was that of the limit, and the pod's cgroup on the node follow.
+func podLimitRaised(t *testing.T, n *namespace, pod *corev1.Pod) {
+	t.Helper()
+	const before, after, guest = 128 << 20, 256 << 20, 64 << 20 // the last is vm.guest_overhead
+	inVM := func() int64 {
+		total, err := strconv.ParseInt(n.kubectl(t, "exec", pod.Name, "-c", "other", "--", "awk", "/^MemTotal/ { print $2 }", "/proc/meminfo"), 10, 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return total << 10
+	}
+	if got := inVM(); n.vm && got > before+guest {
+		t.Errorf("the VM of a pod that may have %d bytes has %d", before, got)
+	}
+	n.kubectl(t, "patch", "pod", pod.Name, "--subresource=resize", "--patch", `{"spec":{"resources":{"limits":{"memory":"256Mi"}}}}`)
+	file := filepath.Join("/sys/fs/cgroup/memory", podCgroup(n, pod), "memory.limit_in_bytes")
+	if cgroups.Mode() == cgroups.Unified {
+		file = filepath.Join("/sys/fs/cgroup", podCgroup(n, pod), "memory.max")
+	}
+	n.await(t, "the pod's cgroup to have the new limit", func() error {
+		limit, err := os.ReadFile(file)
+		if want := strconv.FormatInt(after+pod.Spec.Overhead.Memory().Value(), 10); err == nil && strings.TrimSpace(string(limit)) != want {
+			err = fmt.Errorf("it has %s, want %s", limit, want)
+		}
+		return err
+	})
+	if !n.vm {
+		return
+	}
+	n.await(t, "the VM to have the new limit's memory", func() error {
+		if got := inVM(); got <= before+guest || got > after+guest {
+			return fmt.Errorf("it has %d bytes", got)
+		}
+		return nil
+	})
+}
+
+// podCgroup is a pod's cgroup on the node, below that of its class of service.
+func podCgroup(n *namespace, pod *corev1.Pod) string {
+	class := map[corev1.PodQOSClass]string{corev1.PodQOSBurstable: "burstable", corev1.PodQOSBestEffort: "besteffort"}[pod.Status.QOSClass]
+	return filepath.Join(n.Node().CgroupParent(), "kubepods", class, "pod"+string(pod.UID))
 }
 
 // A container is stopped with the signal that it asks for, and its status tells which one that is.
@@ -366,7 +518,8 @@ func TestStaticPod(t *testing.T) {
 	})
 }
 
-// A running container gets more and less CPU and memory, or the pod says why not. Its class of service is told.
+// A running container gets more and less CPU and memory, a VM also more than it began with. What it cannot have is refused with
+// a sentence. A pod's class of service is told, and its cgroup is that class's.
 func TestResizeAndQoS(t *testing.T) {
 	eachRuntime(t, func(t *testing.T, n *namespace) {
 		const spec = `
@@ -376,27 +529,92 @@ containers:
   command: [sleep, "1000000"]
   resources: {requests: {cpu: 100m, memory: 64Mi}, limits: {cpu: 500m, memory: 64Mi}}`
 		pod := n.run(t, "p", spec)
-		if pod.Status.QOSClass != corev1.PodQOSBurstable {
-			t.Errorf("the class of service is %s, want Burstable", pod.Status.QOSClass)
-		}
-		for _, limits := range []struct{ cpu, memory string }{{"600m", "64Mi"}, {"600m", "96Mi"}, {"400m", "80Mi"}} {
-			patch := fmt.Sprintf(`{"spec":{"containers":[{"name":"main","resources":{"limits":{"cpu":%q,"memory":%q}}}]}}`, limits.cpu, limits.memory)
-			n.kubectl(t, "patch", "pod", "p", "--subresource=resize", "--patch", patch)
+		n.ofClass(t, pod, corev1.PodQOSBurstable)
+		for _, limits := range []struct{ cpu, memory, guest string }{
+			{cpu: "600m", memory: "64Mi"}, {cpu: "600m", memory: "96Mi"}, {"1500m", "256Mi", "2\nmore"}, {"400m", "80Mi", "1\nless"},
+		} {
+			n.resize(t, limits.cpu, limits.memory, "64Mi")
 			var refused string
+			var r corev1.ResourceList
 			n.awaitPod(t, "p", "be resized or refuse it", func(p *corev1.Pod) bool {
 				refused = resizeError(p)
-				r := status(t, p, "main").Resources
-				return refused != "" || r != nil && r.Limits.Cpu().String() == limits.cpu && r.Limits.Memory().String() == limits.memory
+				if now := status(t, p, "main").Resources; now != nil {
+					r = now.Limits
+				}
+				return refused != "" || r.Cpu().String() == limits.cpu && r.Memory().String() == limits.memory
 			})
 			if refused != "" {
-				t.Errorf("resize to %v is refused: %s", limits, refused)
+				t.Fatalf("resize to %v is refused: %s", limits, refused)
+			}
+			n.awaitOutput(t, "p", cgroupLimits, fmt.Sprintf("%d %d", r.Cpu().MilliValue()*100, r.Memory().Value()))
+			if n.vm && limits.guest != "" {
+				n.awaitOutput(t, "p", guestSize, limits.guest)
 			}
 		}
+		notResized(t, n)
 		if restarts := status(t, n.awaitPod(t, "p", "be ready", ready), "main").RestartCount; restarts != 0 {
 			t.Errorf("a resize restarted the container %d times", restarts)
 		}
+		n.ofClass(t, n.run(t, "guaranteed", strings.Replace(spec, "requests: {cpu: 100m, memory: 64Mi}, ", "", 1)), corev1.PodQOSGuaranteed)
+		n.ofClass(t, n.run(t, "besteffort", sleeper), corev1.PodQOSBestEffort)
 	})
 }
+
+// ofClass says that a pod is of a class of service, and that what it lives by on the node is in a cgroup of that class.
+func (n *namespace) ofClass(t *testing.T, pod *corev1.Pod, want corev1.PodQOSClass) {
+	t.Helper()
+	if pod.Status.QOSClass != want {
+		t.Errorf("the class of service of %s is %s, want %s", pod.Name, pod.Status.QOSClass, want)
+	}
+	groups, unified, err := cgroups.ParseCgroupFileUnified(fmt.Sprintf("/proc/%d/cgroup", n.nodePID(t, pod)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, controller := range []string{"cpu", "memory"} {
+		if got := cmp.Or(groups[controller], unified); !strings.Contains(got, podCgroup(n, pod)+"/") {
+			t.Errorf("the %s of %s is that of %s, want one below %s", controller, pod.Name, got, podCgroup(n, pod))
+		}
+	}
+}
+
+// resize asks for other limits of the pod `p`, and for so much memory to be set aside.
+func (n *namespace) resize(t *testing.T, cpu, memory, requested string) {
+	t.Helper()
+	n.kubectl(t, "patch", "pod", "p", "--subresource=resize", "--patch", fmt.Sprintf(
+		`{"spec":{"containers":[{"name":"main","resources":{"limits":{"cpu":%q,"memory":%q},"requests":{"memory":%q}}}]}}`, cpu, memory, requested))
+}
+
+// notResized asks for less memory than a container uses, and for a VM that is larger than any may be: the pod tells why it is
+// refused, and forgets it when what it has is asked for again.
+func notResized(t *testing.T, n *namespace) {
+	t.Helper()
+	n.exec(t, "p", "dd if=/dev/zero of=/dev/shm/f bs=1M count=40")
+	for _, c := range []struct {
+		memory, requested, want string
+		refused                 bool
+	}{
+		{"20Mi", "16Mi", `container "main" memory limit (20971520) below current usage`, true},
+		{"100Gi", "64Mi", "memory of the VM would be 107", n.vm},
+	} {
+		if !c.refused {
+			continue
+		}
+		n.resize(t, "400m", c.memory, c.requested)
+		n.awaitPod(t, "p", "refuse "+c.memory, func(p *corev1.Pod) bool { return strings.Contains(resizeError(p), c.want) })
+		n.resize(t, "400m", "80Mi", "64Mi")
+		n.awaitPod(t, "p", "forget it", func(p *corev1.Pod) bool {
+			return resizeError(p) == "" && status(t, p, "main").Resources.Limits.Memory().String() == "80Mi"
+		})
+	}
+	n.awaitOutput(t, "p", cgroupLimits, fmt.Sprintf("%d %d", 400*100, 80<<20))
+}
+
+// cgroupLimits tells a container's CPU time out of 100 ms, and its memory, as the kernel has them: that of the node, or the guest's.
+const cgroupLimits = `cd /sys/fs/cgroup; if [ -e memory ]; then echo $(cat cpu/cpu.cfs_quota_us memory/memory.limit_in_bytes)
+else echo $(cut -d' ' -f1 cpu.max) $(cat memory.max); fi`
+
+// guestSize tells the processors of a VM, and whether it has the memory of a container's limit of 256Mi: it began with half of that.
+const guestSize = `grep -c ^processor /proc/cpuinfo; [ $(awk '/MemTotal/ { print $2 }' /proc/meminfo) -ge $((256*1024)) ] && echo more || echo less`
 
 // resizeError is why a pod is not resized: "" when it is or may yet be.
 func resizeError(p *corev1.Pod) string {

@@ -156,7 +156,7 @@ func TestMachineProbes(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			container := strings.ReplaceAll(`
-startupProbe: {PROBE, periodSeconds: 2, timeoutSeconds: 30, failureThreshold: 300}
+startupProbe: {PROBE, periodSeconds: 10, timeoutSeconds: 30, failureThreshold: 60} # few: a pod may have only so many events
 readinessProbe: {PROBE, periodSeconds: 2, timeoutSeconds: 30}
 livenessProbe: {PROBE, periodSeconds: 2, timeoutSeconds: 30, failureThreshold: 3}`, "PROBE", p.probe)
 			pod := "terminationGracePeriodSeconds: 240"

@@ -21,6 +21,7 @@ const (
 	// serviceCIDRs are the ranges of Service addresses.
 	serviceCIDRs = "10.96.0.0/16,fd00:96::/112"
 	apiAddress   = nodeIPv4 + ":6443"
+	metricsPort  = "4443"
 )
 
 // nodeLink carries the node's addresses. Loopback cannot: it is no valid address of an endpoint.

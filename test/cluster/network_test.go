@@ -5,19 +5,25 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// webServer is the spec of a pod that tells its host name on port 8080, and on a port of the node.
+// webServer is the spec of a pod that tells its host name on port 8080, by UDP on 8081, and on a port of the node by both.
 const webServer = `
 containers:
 - name: web
   image: AGNHOST
   args: [netexec]
-  ports: [{containerPort: 8080, hostPort: HOSTPORT}]
+  ports: [{containerPort: 8080, hostPort: HOSTPORT}, {containerPort: 8081, hostPort: HOSTPORT, protocol: UDP}]
   readinessProbe: {httpGet: {port: 8080}}`
 
 // agnhostSleeper is a pod with curl that does nothing.
@@ -26,7 +32,7 @@ containers:
 - {name: main, image: AGNHOST, args: [pause]}`
 
 // A pod is reached by its own addresses of both families, by those of Services, by names and by a port of the node,
-// from a pod of each kind; what the node filters at the pod's link does not arrive.
+// from a pod of each kind; what the node filters at a pod's link does not pass.
 func TestServices(t *testing.T) {
 	eachRuntime(t, func(t *testing.T, n *namespace) {
 		port := "18080"
@@ -48,9 +54,22 @@ spec: {selector: {app: web}, ports: [{port: 8080}], clusterIP: None}
 apiVersion: v1
 kind: Service
 metadata: {name: node}
-spec: {selector: {app: web}, ports: [{port: 80, targetPort: 8080}], type: NodePort}`)
-		if len(web.Status.PodIPs) != 2 {
-			t.Fatalf("the pod's addresses are %v, want one of each family", web.Status.PodIPs)
+spec: {selector: {app: web}, ports: [{port: 80, targetPort: 8080}], type: NodePort}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: balanced}
+spec: {selector: {app: web}, ports: [{port: 80, targetPort: 8080}], type: LoadBalancer}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: other}
+spec: {type: ExternalName, externalName: web.NAMESPACE.svc.cluster.local}`)
+		// As a cloud's controller does, whose balancer sends the node what is for this address.
+		balanced := "10.97.0." + port[len(port)-1:]
+		n.kubectl(t, "patch", "service", "balanced", "--subresource=status", "-p", `{"status":{"loadBalancer":{"ingress":[{"ip":"`+balanced+`"}]}}}`)
+		if len(web.Status.PodIPs) != 2 || len(web.Status.HostIPs) != 2 {
+			t.Fatalf("the addresses of pod and node are %v and %v, want one of each family", web.Status.PodIPs, web.Status.HostIPs)
 		}
 		services := strings.Fields(n.kubectl(t, "get", "service", "web", "-o", "jsonpath={.spec.clusterIPs[0]} {.spec.clusterIPs[1]}"))
 		nodePort := n.kubectl(t, "get", "service", "node", "-o", "jsonpath={.spec.ports[0].nodePort}")
@@ -58,36 +77,88 @@ spec: {selector: {app: web}, ports: [{port: 80, targetPort: 8080}], type: NodePo
 		targets := []string{
 			"web", "web." + n.name + ".svc.cluster.local", "headless:8080",
 			services[0], "[" + services[1] + "]", web.Status.PodIPs[0].IP + ":8080", "[" + web.Status.PodIPs[1].IP + "]:8080",
-			node + ":" + nodePort, node + ":" + port,
+			node + ":" + nodePort, node + ":" + port, "[" + web.Status.HostIPs[1].IP + "]:" + port, balanced, "other",
 		}
+		clients := map[bool]*corev1.Pod{}
 		for _, vm := range []bool{false, true} {
 			client := &namespace{Cluster: n.Cluster, ctx: n.ctx, name: n.name, vm: vm}
 			pod := fmt.Sprintf("client-%t", vm)
-			client.run(t, pod, agnhostSleeper)
+			clients[vm] = client.run(t, pod, agnhostSleeper)
 			for _, target := range targets {
 				n.awaitOutput(t, pod, "curl -s -g -m 20 http://"+target+"/hostname", "web")
 			}
+			n.awaitOutput(t, pod, fmt.Sprintf("bash -c 'exec 3<>/dev/udp/%s/%s; echo hostname >&3; timeout 20 dd bs=100 count=1 <&3'", node, port), "web")
 			n.awaitOutput(t, pod, "curl -s -m 20 -o /dev/null -w '%{http_code}' -k https://kubernetes.default.svc/version", "200")
 		}
-		filtered(t, n, web)
+		filtered(t, n, web, clients)
 	})
 }
 
-// filtered drops on the node what goes to a pod by the link of its own, which is what network policies do.
-func filtered(t *testing.T, n *namespace, web *corev1.Pod) {
+// filtered refuses on the node what goes to a pod by its link, and then what another pod of the kind sends by its own: network policies
+// do the same.
+func filtered(t *testing.T, n *namespace, web *corev1.Pod, clients map[bool]*corev1.Pod) {
+	t.Helper()
+	client, other := clients[n.vm], clients[!n.vm]
+	for family, program := range map[string]string{"-4": "iptables", "-6": "ip6tables"} {
+		visits := func(ofClient, ofOther string) {
+			t.Helper()
+			visit := "curl " + family + " -s -m 20 -o /dev/null http://web/ && echo reached || echo refused"
+			n.awaitOutput(t, client.Name, visit, ofClient)
+			n.awaitOutput(t, other.Name, visit, ofOther)
+		}
+		lift := n.reject(t, program, "--physdev-out", linkOf(t, n, web))
+		visits("refused", "refused")
+		lift()
+		visits("reached", "reached")
+		lift = n.reject(t, program, "--physdev-in", linkOf(t, n, client))
+		visits("refused", "reached")
+		lift()
+		visits("reached", "reached")
+	}
+}
+
+// reject has the node refuse the TCP that goes over a pod's link in one direction, until that is lifted.
+func (n *namespace) reject(t *testing.T, program, direction, link string) (lift func()) {
 	t.Helper()
 	rule := func(ctx context.Context, action string) {
-		out, err := n.Node().Command(ctx, "iptables", "-w", action, "FORWARD", "-d", web.Status.PodIP, "-p", "tcp", "--dport", "8080", "-j", "REJECT").CombinedOutput()
+		out, err := n.Node().Command(ctx, program, "-w", action, "FORWARD", "-m", "physdev", "--physdev-is-bridged", direction, link, "-p", "tcp", "-j", "REJECT").CombinedOutput()
 		if err != nil {
-			t.Fatalf("iptables: %v, %s", err, out)
+			t.Errorf("%s: %v, %s", program, err, out)
 		}
 	}
-	const visit = "curl -4 -s -m 20 -o /dev/null http://web/ && echo reached || echo refused"
+	lift = sync.OnceFunc(func() { rule(context.WithoutCancel(n.ctx), "-D") })
+	t.Cleanup(lift)
 	rule(n.ctx, "-I")
-	n.awaitOutput(t, "client-false", visit, "refused")
-	n.awaitOutput(t, "client-true", visit, "refused")
-	rule(n.ctx, "-D")
-	n.awaitOutput(t, "client-true", visit, "reached")
+	return lift
+}
+
+// linkOf is the node's end of a pod's link: the port at which the bridge has met the pod's address.
+func linkOf(t *testing.T, n *namespace, pod *corev1.Pod) (name string) {
+	t.Helper()
+	err := n.Node().Do(func() error {
+		arp, arpErr := netlink.NeighList(0, netlink.FAMILY_V4)
+		ports, portErr := netlink.NeighList(0, unix.AF_BRIDGE)
+		for _, a := range arp {
+			if a.IP.String() != pod.Status.PodIP {
+				continue
+			}
+			for _, p := range ports {
+				if p.MasterIndex == a.LinkIndex && p.HardwareAddr.String() == a.HardwareAddr.String() {
+					link, err := netlink.LinkByIndex(p.LinkIndex)
+					if err != nil {
+						return err
+					}
+					name = link.Attrs().Name
+					return nil
+				}
+			}
+		}
+		return errors.Join(arpErr, portErr, fmt.Errorf("no port of the bridge has met %s", pod.Status.PodIP))
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return name
 }
 
 // A pod that ends behind a Service finishes what it has begun, while new visits go to another.
@@ -137,10 +208,10 @@ containers:
 	})
 }
 
-// The pods of a StatefulSet have names that are found, and keep name and volume when they are replaced.
+// The pods of a StatefulSet have names that are found, and keep name and volume when they are replaced, by hand or for a new template.
 func TestStatefulSet(t *testing.T) {
 	eachRuntime(t, func(t *testing.T, n *namespace) {
-		n.apply(t, persistentVolume(n, "data-set-0", "Filesystem", t.TempDir())+`
+		n.apply(t, persistentVolume(n, "data-set-0", "Filesystem", t.TempDir())+"---"+persistentVolume(n, "data-set-1", "Filesystem", t.TempDir())+`
 ---
 apiVersion: v1
 kind: Service
@@ -151,6 +222,7 @@ apiVersion: apps/v1
 kind: StatefulSet
 metadata: {name: set}
 spec:
+  replicas: 2
   serviceName: set
   selector: {matchLabels: {app: set}}
   template:
@@ -161,7 +233,8 @@ spec:
       containers:
       - name: main
         image: BUSYBOX
-        command: [sh, -c, "echo start >>/data/index.html; exec httpd -f -p 8080 -h /data"]
+        env: [{name: VERSION, value: one}]
+        command: [sh, -c, "echo $(hostname) $VERSION >>/data/index.html; exec httpd -f -p 8080 -h /data"]
         readinessProbe: {httpGet: {port: 8080}}
         volumeMounts: [{name: data, mountPath: /data}]
   volumeClaimTemplates:
@@ -170,12 +243,21 @@ spec:
       storageClassName: ""
       accessModes: [ReadWriteOnce]
       resources: {requests: {storage: 8Mi}}`)
-		t.Cleanup(func() { kubectl(n.ctx, t, n.Cluster, "delete", "pv", n.name+"-data-set-0", "--wait=false") })
-		n.kubectl(t, "rollout", "status", "statefulset/set", "--timeout=5m")
+		t.Cleanup(func() {
+			kubectl(n.ctx, t, n.Cluster, "delete", "pv", n.name+"-data-set-0", n.name+"-data-set-1", "--wait=false")
+		})
+		rolled := func() { n.kubectl(t, "rollout", "status", "statefulset/set", "--timeout=5m") }
+		rolled()
 		n.run(t, "client", agnhostSleeper)
-		n.awaitOutput(t, "client", "curl -s http://set-0.set:8080/", "start")
+		n.awaitOutput(t, "client", "curl -s http://set-0.set:8080/", "set-0 one")
+		n.awaitOutput(t, "client", "curl -s http://set-1.set:8080/", "set-1 one")
 		n.kubectl(t, "delete", "pod", "set-0")
-		n.awaitOutput(t, "client", "curl -s http://set-0.set:8080/", "start\nstart")
+		n.awaitOutput(t, "client", "curl -s http://set-0.set:8080/", "set-0 one\nset-0 one")
+		rolled()
+		n.kubectl(t, "set", "env", "statefulset/set", "VERSION=two")
+		rolled()
+		n.awaitOutput(t, "client", "curl -s http://set-0.set:8080/", "set-0 one\nset-0 one\nset-0 two")
+		n.awaitOutput(t, "client", "curl -s http://set-1.set:8080/", "set-1 one\nset-1 two")
 	})
 }
 
@@ -200,7 +282,7 @@ spec:
         image: BUSYBOX
         env: [{name: VERSION, value: one}]
         command: [sh, -c, "mkdir /w; echo $VERSION >/w/index.html; exec httpd -f -p 8080 -h /w"]
-        readinessProbe: {httpGet: {port: 8080}}
+        readinessProbe: {httpGet: {port: 8080}, periodSeconds: 2, timeoutSeconds: 20}
 ---
 apiVersion: v1
 kind: Service
@@ -250,6 +332,7 @@ spec:
 		n.kubectl(t, "rollout", "status", "daemonset/each", "--timeout=5m")
 		n.kubectl(t, "wait", "job/job", "--for=condition=Complete", "--timeout=5m")
 		n.awaitOutput(t, "daemonset/each", "wget -q -O - http://web", "two")
+		unready(t, n)
 		n.await(t, "a job of the CronJob to succeed", func() error {
 			out, err := n.Kubectl(n.ctx, "-n", n.name, "get", "cronjob", "cron", "-o", "jsonpath={.status.lastSuccessfulTime}")
 			if err == nil && out == "" {
@@ -258,4 +341,43 @@ spec:
 			return err
 		})
 	})
+}
+
+// unready has one of the two pods behind the Service `web` fail its readiness probe: the Service does without it until it passes
+// again.
+func unready(t *testing.T, n *namespace) {
+	t.Helper()
+	var pods []string
+	serve := func(what string, want func() bool) {
+		t.Helper()
+		n.await(t, what, func() (err error) {
+			if pods, err = readyEndpoints(n, "web"); err == nil && !want() {
+				err = fmt.Errorf("the Service has %v", pods)
+			}
+			return err
+		})
+	}
+	serve("two pods to serve", func() bool { return len(pods) == 2 })
+	fails, other := pods[0], pods[1]
+	n.exec(t, fails, "mv /w/index.html /w/aside")
+	serve("the other pod alone to serve", func() bool { return slices.Equal(pods, []string{other}) })
+	n.awaitOutput(t, "daemonset/each", "for i in 1 2 3 4 5; do wget -q -O - http://web; done", "two\ntwo\ntwo\ntwo\ntwo")
+	n.exec(t, fails, "mv /w/aside /w/index.html")
+	serve("the pod to serve again", func() bool { return slices.Contains(pods, fails) })
+}
+
+// readyEndpoints are the pods that a Service has visits go to.
+func readyEndpoints(n *namespace, service string) (pods []string, err error) {
+	list, err := n.Client().DiscoveryV1().EndpointSlices(n.name).List(n.ctx, metav1.ListOptions{LabelSelector: discoveryv1.LabelServiceName + "=" + service})
+	if err != nil {
+		return nil, err
+	}
+	for _, slice := range list.Items {
+		for _, e := range slice.Endpoints {
+			if e.Conditions.Ready != nil && *e.Conditions.Ready && e.TargetRef != nil {
+				pods = append(pods, e.TargetRef.Name)
+			}
+		}
+	}
+	return pods, nil
 }

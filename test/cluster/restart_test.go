@@ -6,14 +6,20 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// Pods of both kinds live on while daemons of the node restart, and take commands after it. No other test runs then.
+// restartWatched is how long pods are watched after a restart: what the kubelet makes of it comes with its next looks at all pods.
+const restartWatched = 30 * time.Second
+
+// Pods of all kinds live on while daemons of the node restart, none is there twice, what they write is not lost, and they take commands
+// after it. No other test runs then.
 func TestRestarts(t *testing.T) {
 	n := newNamespace(t, false)
-	for _, name := range []string{"container", "vm"} {
+	kinds := []string{"container", "vm"}
+	for _, name := range kinds {
 		n.vm = name == "vm"
 		n.apply(t, strings.ReplaceAll(`
 apiVersion: apps/v1
@@ -26,13 +32,17 @@ spec:
     spec:
       CLASS
       terminationGracePeriodSeconds: 1
-      containers: [{name: main, image: BUSYBOX, command: [sleep, "1000000"]}]`, "NAME", name))
+      containers: [{name: main, image: BUSYBOX, command: [sh, -c, "i=0; while echo $i; do i=$((i+1)); sleep 0.2; done"]}]`, "NAME", name))
 	}
-	for _, name := range []string{"container", "vm"} {
+	n.vm = true
+	n.createMachine(t, "machine", machine(agent, "terminationGracePeriodSeconds: 1", ""))
+	for _, name := range kinds {
 		n.kubectl(t, "rollout", "status", "deployment/"+name, "--timeout=5m")
 	}
+	n.awaitOutput(t, "machine", "echo lives", "lives")
 	before := n.containers(t)
-	boot := n.kubectl(t, "exec", "deployment/vm", "--", "cat", "/proc/sys/kernel/random/boot_id")
+	const bootID = "cat /proc/sys/kernel/random/boot_id"
+	boots := []string{n.exec(t, "deployment/vm", bootID), n.exec(t, "machine", bootID)}
 	for _, daemon := range []struct {
 		name    string
 		restart func(context.Context) error
@@ -40,15 +50,37 @@ spec:
 		if err := daemon.restart(n.ctx); err != nil {
 			t.Fatalf("restart %s: %v", daemon.name, err)
 		}
-		for _, name := range []string{"container", "vm"} {
-			n.awaitOutput(t, "deployment/"+name, "echo lives", "lives")
+		time.Sleep(restartWatched)
+		for _, pod := range []string{"deployment/container", "deployment/vm", "machine"} {
+			n.awaitOutput(t, pod, "echo lives", "lives")
 		}
 		if after := n.containers(t); !slices.Equal(after, before) {
 			t.Errorf("a restart of %s made %v of %v", daemon.name, after, before)
 		}
-		if got := n.kubectl(t, "exec", "deployment/vm", "--", "cat", "/proc/sys/kernel/random/boot_id"); got != boot {
-			t.Errorf("a restart of %s restarted the VM", daemon.name)
+		n.noneTwice(t, len(before))
+		if now := []string{n.exec(t, "deployment/vm", bootID), n.exec(t, "machine", bootID)}; !slices.Equal(now, boots) {
+			t.Errorf("a restart of %s restarted a VM", daemon.name)
 		}
+	}
+	for _, name := range kinds {
+		lines := strings.Split(n.kubectl(t, "logs", "deployment/"+name), "\n")
+		for i, line := range lines {
+			if line != fmt.Sprint(i) {
+				t.Fatalf("line %d of %d in the log of %s is %q", i, len(lines), name, line)
+			}
+		}
+	}
+}
+
+// noneTwice fails unless the runtime has as many ready sandboxes of the namespace as there are pods.
+func (n *namespace) noneTwice(t *testing.T, pods int) {
+	t.Helper()
+	out, err := n.Node().Crictl(n.ctx, "pods", "--state", "ready", "--label", "io.kubernetes.pod.namespace="+n.name, "-q")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if ids := strings.Fields(out); len(ids) != pods {
+		t.Errorf("the runtime has the sandboxes %v, want one for each of %d pods", ids, pods)
 	}
 }
 

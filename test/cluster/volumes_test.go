@@ -11,6 +11,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
@@ -31,7 +32,7 @@ apiVersion: v1
 kind: Secret
 metadata: {name: secret}
 stringData: {key: old}`)
-		n.run(t, "p", `
+		pod := n.run(t, "p", `
 containers:
 - name: main
   image: BUSYBOX
@@ -58,18 +59,70 @@ volumes:
 		n.kubectl(t, "patch", "configmap", "config", "-p", `{"data":{"key":"new","more":"added"}}`)
 		n.kubectl(t, "patch", "secret", "secret", "-p", `{"stringData":{"key":"new"}}`)
 		n.kubectl(t, "label", "pod", "p", "key=new")
-		n.awaitOutput(t, "p", "cat /config/key /config/more /secret/key /down/key /all/key /all/more", "newaddednewnewnewadded")
+		n.awaitUpdate(t, pod, "newaddednewnewnewadded", "config/key", "config/more", "secret/key", "down/key", "all/key", "all/more")
+		n.kubectl(t, "patch", "configmap", "config", "-p", `{"data":{"more":null}}`)
+		n.awaitUpdate(t, pod, "newnew", "config/key", "config/more", "all/key", "all/more")
 		if got := n.exec(t, "p", "cat /alone"); got != "old" {
 			t.Errorf("the key that is mounted by subPath is %q, want %q until the container starts again", got, "old")
 		}
 	})
 }
 
-// Volumes of a node's directories: by subPath and subPathExpr, in memory, read-only, and with their owners.
+// awaitUpdate waits until those files of a pod's volumes that are there hold together what is wanted, on the node and then in the pod,
+// which has each volume mounted by its name and may be a minute later.
+func (n *namespace) awaitUpdate(t *testing.T, pod *corev1.Pod, want string, files ...string) {
+	t.Helper()
+	show := func(dir string) string { return "cat " + dir + strings.Join(files, " "+dir) + " 2>/dev/null || true" }
+	n.await(t, fmt.Sprintf("the node's files %v to hold %q", files, want), func() error {
+		cmd := exec.CommandContext(n.ctx, "sh", "-c", show("*/")) // below the names of the volumes' types
+		cmd.Dir = filepath.Join(n.Node().Root, "kubelet", "pods", string(pod.UID), "volumes")
+		out, err := cmd.Output()
+		if err == nil && string(out) != want {
+			err = fmt.Errorf("they hold %q", out)
+		}
+		return err
+	})
+	onNode := time.Now()
+	n.awaitOutput(t, pod.Name, show("/"), want)
+	if late := time.Since(onNode); late > time.Minute {
+		t.Errorf("the pod has %q in %v %s after the node", want, files, late)
+	}
+}
+
+// tokenRefreshed is how long the kubelet takes to replace a token that is good for ten minutes, the shortest time that there is: four
+// fifths of that, and until it looks at the pod again.
+const tokenRefreshed = 11 * time.Minute
+
+// A service account's token is replaced in the pod before it is out of date.
+func TestTokenRefresh(t *testing.T) {
+	eachRuntime(t, func(t *testing.T, n *namespace) {
+		n.run(t, "p", `
+containers:
+- name: main
+  image: BUSYBOX
+  command: [sleep, "1000000"]
+  volumeMounts: [{name: token, mountPath: /token}]
+volumes:
+- {name: token, projected: {sources: [{serviceAccountToken: {path: token, expirationSeconds: 600}}]}}`)
+		first := n.exec(t, "p", "cat /token/token")
+		if strings.Count(first, ".") != 2 {
+			t.Fatalf("the token is %q", first)
+		}
+		for begun := time.Now(); n.exec(t, "p", "cat /token/token") == first; time.Sleep(10 * time.Second) {
+			if time.Since(begun) > tokenRefreshed {
+				t.Fatalf("the token is the same after %s", tokenRefreshed)
+			}
+		}
+	})
+}
+
+// Volumes of a node's directories: by subPath and subPathExpr, in memory, read-only, with what is mounted below them, and
+// with their owners.
 func TestDirectories(t *testing.T) {
 	eachRuntime(t, func(t *testing.T, n *namespace) {
 		dir := t.TempDir()
-		if err := os.Chmod(filepath.Dir(dir), 0o755); err != nil {
+		// Every user may write, so that only what is read-only refuses.
+		if err := errors.Join(os.Chmod(filepath.Dir(dir), 0o755), os.Chmod(dir, 0o777)); err != nil {
 			t.Fatal(err)
 		}
 		// A mount that propagates has to be shared where it is made.
@@ -82,17 +135,7 @@ func TestDirectories(t *testing.T) {
 			}
 		})
 		inner := filepath.Join(dir, "inner")
-		if err := os.Mkdir(inner, 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if err := unix.Mount("inner", inner, "tmpfs", 0, ""); err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() {
-			if err := unix.Unmount(inner, 0); err != nil {
-				t.Error(err)
-			}
-		})
+		mountTmpfs(t, inner)
 		defer n.kubectl(t, "delete", "pod", "p") // before the mounts, which it holds
 		n.run(t, "p", strings.ReplaceAll(`
 securityContext: {runAsUser: 1000, runAsGroup: 1000, fsGroup: 2000, supplementalGroups: [3000]}
@@ -107,6 +150,7 @@ containers:
   - {name: disk, mountPath: /expr, subPathExpr: x-$(NAME)}
   - {name: memory, mountPath: /memory}
   - {name: host, mountPath: /host}
+  - {name: host, mountPath: /later, mountPropagation: HostToContainer}
   - {name: host, mountPath: /ro, readOnly: true}
   - {name: host, mountPath: /rro, readOnly: true, recursiveReadOnly: Enabled}
 - name: root
@@ -129,7 +173,7 @@ volumes:
 			{"main", "echo s >/sub/s; cat /disk/a/b/s; echo e >/expr/e; cat /disk/x-p/e", "s\ne"},
 			{"main", "echo m >/memory/m; cat /memory/m", "m"},
 			{"main", "dd if=/dev/zero of=/memory/big bs=1M count=20 2>/dev/null || echo full; rm /memory/big", "full"},
-			{"main", "touch /ro/f 2>/dev/null || echo refused", "refused"},
+			{"main", "touch /host/f /ro/inner/f && touch /ro/g 2>&1 | grep -o 'Read-only.*'", "Read-only file system"},
 			{"root", "cat /disk/f; touch /f 2>/dev/null || echo refused; echo w >/host/w; echo i >/host/inner/i", "f\nrefused"},
 			{"main", "cat /ro/w /rro/w /rro/inner/i", "w\nw\ni"},
 			{"main", "touch /rro/inner/f 2>&1 | grep -o 'Read-only.*'", "Read-only file system"},
@@ -142,6 +186,62 @@ volumes:
 		if got, err := os.ReadFile(filepath.Join(inner, "i")); err != nil || string(got) != "i\n" {
 			t.Errorf("on the node the file in the mount below is %q: %v", got, err)
 		}
+		propagated(t, n, dir)
+	})
+}
+
+// mountTmpfs makes a directory with a file system of its own, until the test's end.
+func mountTmpfs(t *testing.T, dir string) {
+	t.Helper()
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, 0); err != nil && !errors.Is(err, unix.EINVAL) {
+			t.Error(err)
+		}
+	})
+}
+
+// propagated mounts something on the node while the pod `p` runs: it is seen where that is asked for, and only there, until
+// it is unmounted. The other way a mount comes from a container only: a VM pod that asks for it is refused.
+func propagated(t *testing.T, n *namespace, dir string) {
+	t.Helper()
+	mounted := filepath.Join(dir, "mounted")
+	mountTmpfs(t, mounted)
+	if err := os.WriteFile(filepath.Join(mounted, "f"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	n.awaitOutput(t, "p", "ls /later/mounted", "f")
+	if got := n.exec(t, "p", "ls /host/mounted"); got != "" {
+		t.Errorf("a mount made later is seen in a volume without propagation: %q", got)
+	}
+	if err := unix.Unmount(mounted, unix.MNT_DETACH); err != nil {
+		t.Fatal(err)
+	}
+	n.awaitOutput(t, "p", "ls /later/mounted", "")
+	n.create(t, "both", strings.ReplaceAll(`
+containers:
+- name: main
+  image: BUSYBOX
+  command: [sh, -ec, "mkdir -p /host/up; mount -t tmpfs up /host/up; touch /host/up/f; exec sleep 1000000"]
+  securityContext: {privileged: true}
+  volumeMounts: [{name: host, mountPath: /host, mountPropagation: Bidirectional}]
+volumes: [{name: host, hostPath: {path: DIR, type: Directory}}]`, "DIR", dir))
+	defer n.kubectl(t, "delete", "pod", "both")
+	if n.vm {
+		n.awaitEvents(t, "both", "propagation Bidirectional: a mount made inside a VM cannot appear on the node; use None or HostToContainer")
+		return
+	}
+	up := filepath.Join(dir, "up")
+	t.Cleanup(func() { _ = unix.Unmount(up, unix.MNT_DETACH) })
+	n.awaitPod(t, "both", "be ready", ready)
+	n.await(t, "the container's mount to appear on the node", func() error {
+		_, err := os.Stat(filepath.Join(up, "f"))
+		return err
 	})
 }
 
@@ -205,7 +305,7 @@ volumes: [{name: d, emptyDir: {}}]`)
 	})
 }
 
-// A pod that writes more to an emptyDir than its limit is evicted.
+// A pod that writes more to an emptyDir, or to a container's own root, than its limit is evicted.
 func TestEviction(t *testing.T) {
 	eachRuntime(t, func(t *testing.T, n *namespace) {
 		n.create(t, "p", `
@@ -215,15 +315,25 @@ containers:
   command: [sh, -c, "dd if=/dev/zero of=/d/big bs=1M count=20; sleep 1000000"]
   volumeMounts: [{name: d, mountPath: /d}]
 volumes: [{name: d, emptyDir: {sizeLimit: 8Mi}}]`)
-		pod := n.awaitPod(t, "p", "fail", inPhase(corev1.PodFailed))
-		if pod.Status.Reason != "Evicted" || !strings.Contains(pod.Status.Message, `Usage of EmptyDir volume "d" exceeds the limit "8Mi"`) {
-			t.Errorf("the pod failed with %s", describe(pod))
+		n.create(t, "root", `
+containers:
+- name: main
+  image: BUSYBOX
+  command: [sh, -c, "dd if=/dev/zero of=/big bs=1M count=20; sleep 1000000"]
+  resources: {limits: {ephemeral-storage: 8Mi}}`)
+		for name, reason := range map[string]string{
+			"p":    `Usage of EmptyDir volume "d" exceeds the limit "8Mi"`,
+			"root": `Pod ephemeral local storage usage exceeds the total limit of containers 8Mi`,
+		} {
+			pod := n.awaitPod(t, name, "fail", inPhase(corev1.PodFailed))
+			if pod.Status.Reason != "Evicted" || !strings.Contains(pod.Status.Message, reason) {
+				t.Errorf("the pod failed with %s, want %s", describe(pod), reason)
+			}
 		}
 	})
 }
 
-// Persistent volumes of the node keep what pods wrote: a file system, and a block device, which the kernel of a VM pod
-// of containers cannot have and says so.
+// Persistent volumes of the node keep what pods wrote: a file system, and a block device.
 func TestPersistentVolumes(t *testing.T) {
 	eachRuntime(t, func(t *testing.T, n *namespace) {
 		image := filepath.Join(t.TempDir(), "disk")
@@ -239,11 +349,6 @@ func TestPersistentVolumes(t *testing.T) {
 		onVolume(t, n, "fs", "volumeMounts: [{name: v, mountPath: /v}]", "filesystem",
 			"echo kept >/v/f", "grep -x kept /v/f")
 		const devices = "volumeDevices: [{name: v, devicePath: /dev/block}]"
-		if n.vm {
-			n.create(t, "refused", volumePod("sleep 1000000", devices, "block"))
-			n.awaitEvents(t, "refused", "device", "Failed")
-			return
-		}
 		onVolume(t, n, "block", devices, "block", "test -b /dev/block; echo kept | dd of=/dev/block bs=512 seek=3 conv=sync,fsync",
 			"[ $(dd if=/dev/block bs=512 skip=3 count=1 | head -n 1) = kept ]")
 		if got, err := os.ReadFile(image); err != nil || string(got[3*512:3*512+5]) != "kept\n" {

@@ -1,15 +1,9 @@
 package critest
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
-	"net"
-	"net/http"
-	"slices"
-	"strconv"
-	"strings"
 	"time"
 
 	"github.com/vmruntime/vmruntime/test/node"
@@ -27,28 +21,47 @@ func (u Usage) String() string {
 // settleTimeout is how long after the last call the daemon may take to let go of it.
 const settleTimeout = 30 * time.Second
 
+// firstSettles is how long the first usage has to stay as it is.
+const firstSettles = 3 * time.Second
+
 // heapSlack is what may be on the heap beyond twice the first round's: garbage is collected when it has doubled.
 const heapSlack = 16 << 20
 
 // Settle waits until the daemon holds no more goroutines and descriptors than before, and fails when it goes on holding
-// them, or has more memory than garbage explains. The first time, before is the zero value.
+// them, or has more memory than garbage explains. The first time, when before is the zero value, it waits until they stay as many.
 func Settle(ctx context.Context, n *node.Node, before Usage) (Usage, error) {
 	ctx, cancel := context.WithTimeout(ctx, settleTimeout)
 	defer cancel()
+	first, pause := before == (Usage{}), 100*time.Millisecond
+	if first {
+		pause = firstSettles
+	}
 	for {
-		now, err := usage(ctx, n.MetricsSocket())
-		if err != nil || before == (Usage{}) {
+		now, err := usage(ctx, n)
+		if err != nil {
 			return now, err
 		}
-		if err = now.more(before); err == nil {
+		if err = now.more(before); first {
+			err = now.other(before)
+			before = now
+		}
+		if err == nil {
 			return now, nil
 		}
 		select {
 		case <-ctx.Done():
 			return now, err
-		case <-time.After(100 * time.Millisecond):
+		case <-time.After(pause):
 		}
 	}
+}
+
+// other says that there are not as many as before.
+func (u Usage) other(before Usage) error {
+	if u.Goroutines == before.Goroutines && u.Descriptors == before.Descriptors {
+		return nil
+	}
+	return fmt.Errorf("the daemon has %s, and %s shortly before", u, before)
 }
 
 // more says what there is more of than before.
@@ -70,48 +83,20 @@ func (u Usage) more(before Usage) error {
 }
 
 // usage reads the daemon's metrics.
-func usage(ctx context.Context, socket string) (u Usage, err error) {
-	transport := &http.Transport{
-		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
-		},
-	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://vmruntime/metrics", nil)
+func usage(ctx context.Context, n *node.Node) (u Usage, err error) {
+	metrics, err := n.Metrics(ctx)
 	if err != nil {
 		return u, err
 	}
-	resp, err := (&http.Client{Transport: transport}).Do(req)
-	if err != nil {
-		return u, err
-	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		return u, fmt.Errorf("GET /metrics: %s", resp.Status)
-	}
-	wanted := map[string]*int64{
+	for name, field := range map[string]*int64{
 		"go_goroutines": &u.Goroutines, "process_open_fds": &u.Descriptors,
 		"go_memstats_heap_inuse_bytes": &u.Heap, "process_resident_memory_bytes": &u.Resident,
-	}
-	lines := bufio.NewScanner(resp.Body)
-	for lines.Scan() {
-		name, value, _ := strings.Cut(lines.Text(), " ")
-		if field, ok := wanted[name]; ok {
-			number, err := strconv.ParseFloat(value, 64)
-			if err != nil {
-				return u, fmt.Errorf("metric %s: %w", name, err)
-			}
-			*field = int64(number)
-			delete(wanted, name)
+	} {
+		samples := metrics[name].GetMetric()
+		if len(samples) != 1 {
+			return u, fmt.Errorf("the daemon's metrics have %d samples of %s, want one", len(samples), name)
 		}
+		*field = int64(samples[0].GetGauge().GetValue())
 	}
-	if len(wanted) > 0 {
-		var missing []string
-		for name := range wanted {
-			missing = append(missing, name)
-		}
-		slices.Sort(missing)
-		return u, fmt.Errorf("the daemon's metrics lack %s", strings.Join(missing, ", "))
-	}
-	return u, lines.Err()
+	return u, nil
 }

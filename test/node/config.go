@@ -109,6 +109,12 @@ bin_dirs = ["{{.CNI}}"]
 conf_dir = "{{.Root}}/cni/conf"
 `
 
+// TemplateConfig is the node's section about templates: no guests wait for pods, so that whatever is there belongs to a pod. Who wants
+// another one puts it in its place.
+const TemplateConfig = `[template]
+spares = 0
+`
+
 const vmruntimeConfig = `[server]
 socket = "{{.Root}}/run/vmruntime.sock"
 admin_socket = "{{.Root}}/run/admin.sock"
@@ -131,4 +137,5 @@ bin_dirs = ["{{.CNI}}"]
 
 [metrics]
 address = "{{.Root}}/run/metrics.sock"
-`
+
+` + TemplateConfig

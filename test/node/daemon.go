@@ -62,7 +62,8 @@ func (d *Daemon) Running() bool {
 	}
 }
 
-func (d *Daemon) pid() int {
+// PID is the daemon's process ID, 0 when it does not run.
+func (d *Daemon) PID() int {
 	if !d.Running() {
 		return 0
 	}

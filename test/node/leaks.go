@@ -76,7 +76,7 @@ func (n *Node) resources(ctx context.Context) (resources, error) {
 func (n *Node) daemonPIDs() []int {
 	var pids []int
 	for _, d := range n.daemons {
-		pids = append(pids, d.pid())
+		pids = append(pids, d.PID())
 	}
 	return pids
 }

@@ -226,7 +226,10 @@ func (n *Node) StopVMRuntime() error { return n.vmruntime.Stop() }
 func (n *Node) KillVMRuntime() error { return n.vmruntime.Kill() }
 
 // VMRuntimePID is vmruntime's process ID, 0 when it does not run.
-func (n *Node) VMRuntimePID() int { return n.vmruntime.pid() }
+func (n *Node) VMRuntimePID() int { return n.vmruntime.PID() }
+
+// ContainerdPID is containerd's process ID, 0 when it does not run.
+func (n *Node) ContainerdPID() int { return n.containerd.PID() }
 
 // stopTimeout bounds Stop, whose context is its own.
 const stopTimeout = 60 * time.Second

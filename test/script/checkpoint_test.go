@@ -80,3 +80,65 @@ func TestEndCutsCheckpoint(t *testing.T) {
 		})
 	}
 }
+
+// A VM that went on while it was saved, whoever let it, is no checkpoint.
+func TestRunOnSpoilsCheckpoint(t *testing.T) {
+	if noBed != "" {
+		t.Skip(noBed)
+	}
+	w := newWorld(theBed, t.TempDir())
+	if err := w.startDaemon(nil); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := errors.Join(w.close(), w.repair()); err != nil {
+			t.Error(err)
+		}
+	}()
+	for fault, want := range map[string]codes.Code{"": codes.OK, "restless": codes.Aborted} {
+		pod, app := "pod"+fault, "app"+fault
+		_, err := guestCommand(w, []string{fault})
+		if err := errors.Join(err, w.run(pod), w.create(pod, app, []string{"wait"}), w.start(app)); err != nil {
+			t.Fatal(err)
+		}
+		dir := t.TempDir()
+		ctx, cancel := call()
+		_, err = w.rt.CheckpointPod(ctx, &runtimeapi.CheckpointPodRequest{
+			PodSandboxId: w.pods[pod].id, ContainerIds: []string{w.containers[app].id}, OutputPath: dir,
+		})
+		cancel()
+		if status.Code(err) != want {
+			t.Errorf("fault %q: %v, want %s", fault, err, want)
+		}
+		if left, err := os.ReadDir(dir); err != nil || (len(left) > 0) != (want == codes.OK) {
+			t.Errorf("fault %q: the checkpoint left %v (%v)", fault, left, err)
+		}
+	}
+}
+
+// A command that the restored guest does not let go of is no reason to lose the pod.
+func TestRestoreLeavesExecs(t *testing.T) {
+	if noBed != "" {
+		t.Skip(noBed)
+	}
+	w := newWorld(theBed, t.TempDir())
+	_, err := guestCommand(w, []string{"refuse RemoveExec not today"})
+	if err := errors.Join(err, w.startDaemon(nil)); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := errors.Join(w.close(), w.repair()); err != nil {
+			t.Error(err)
+		}
+	}()
+	l := &life{w: w, name: "pod"}
+	if err := errors.Join(w.run(l.name), w.create(l.name, l.a(), []string{"wait"}), w.start(l.a())); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.exec(l.a(), 1, []string{"wait"}); status.Code(err) != codes.DeadlineExceeded {
+		t.Fatalf("a command that does not end: %v", err)
+	}
+	if err := errors.Join(l.checkpoint(), l.tryRestore(), w.start(l.restored())); err != nil {
+		t.Error(err)
+	}
+}

@@ -24,18 +24,20 @@ import (
 //	drop BYTES            the host's connection to the agent is lost each time after so many bytes
 //	step                  before it does what it is asked, the fake waits until the test has seen that
 //	saving DURATION       its state takes so long to be written
+//	restless              it goes on when its state is saved
 //	flaky N               the first N connections are lost as they begin
 //	clone FAULT           one of those above, only of VMs of pods that begin as a template
 type faults struct {
-	boot   time.Duration
-	saving time.Duration
-	silent bool
-	dies   string
-	refuse map[string]string
-	slow   map[string]time.Duration
-	drop   int
-	step   bool
-	flaky  atomic.Int32
+	boot     time.Duration
+	saving   time.Duration
+	silent   bool
+	restless bool
+	dies     string
+	refuse   map[string]string
+	slow     map[string]time.Duration
+	drop     int
+	step     bool
+	flaky    atomic.Int32
 
 	hung    atomic.Bool
 	damaged atomic.Bool
@@ -60,6 +62,8 @@ func parseFaults(text string, clone bool) (*faults, error) {
 			f.saving, err = time.ParseDuration(rest)
 		case "step":
 			f.step = true
+		case "restless":
+			f.restless = true
 		case "silent":
 			f.silent = true
 		case "dies":

@@ -115,7 +115,18 @@ func argsOf(oci []byte) []string {
 	if json.Unmarshal(oci, &s) != nil || s.Process == nil {
 		return nil
 	}
-	return s.Process.Args
+	return scriptOf(s.Process.Args)
+}
+
+// scriptOf is what a process does. What a guest runs before it has a pod holds still, and tells how the agent is called.
+func scriptOf(args []string) []string {
+	switch args[0] {
+	case "/rehearsal":
+		return []string{"wait"}
+	case "/vmagent":
+		return []string{"out usage", "exit 2"}
+	}
+	return args
 }
 
 func (g *fakeGuest) find(container, exec string) (*process, error) {
@@ -162,6 +173,10 @@ func (g *fakeGuest) ConfigureSandbox(context.Context, *agentpb.ConfigureSandboxR
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.configured = true
+	return &agentpb.Empty{}, nil
+}
+
+func (g *fakeGuest) Standby(context.Context, *agentpb.StandbyRequest) (*agentpb.Empty, error) {
 	return &agentpb.Empty{}, nil
 }
 
@@ -233,7 +248,7 @@ func (g *fakeGuest) Exec(_ context.Context, r *agentpb.ExecRequest) (*agentpb.Ex
 	if err := json.Unmarshal(r.GetProcess(), &spec); err != nil {
 		return nil, fmt.Errorf("process: %w: %w", err, errdefs.ErrInvalidArgument)
 	}
-	p := newProcess(r.GetContainerId(), r.GetExecId(), spec.Args)
+	p := newProcess(r.GetContainerId(), r.GetExecId(), scriptOf(spec.Args))
 	if err := g.add(p); err != nil {
 		return nil, err
 	}

@@ -47,6 +47,8 @@ type fakeQEMU struct {
 	ports    map[string]string // root port to what is plugged in
 	fdsets   map[int]string    // number to what it is for
 	passed   map[string]int    // descriptors by getfd
+	cpus     int               // all that are plugged
+	memory   int64             // what the guest has taken beside what it began with
 }
 
 // isFakeQEMU tells whether this process was started as QEMU: no other program has QEMU's first options.
@@ -69,10 +71,19 @@ func runFakeQEMU(args []string) int {
 }
 
 func newFakeQEMU(args []string) *fakeQEMU {
-	return &fakeQEMU{
+	q := &fakeQEMU{
 		args: args, state: "running", resumed: make(chan struct{}), loaded: make(chan struct{}),
 		ports: make(map[string]string), fdsets: make(map[int]string), passed: make(map[string]int),
 	}
+	q.cpus, _, _ = q.size()
+	return q
+}
+
+// size is what the machine begins with, memory in MiB.
+func (q *fakeQEMU) size() (cpus, maxCPUs, memory int) {
+	_, _ = fmt.Sscanf(q.option("-smp"), "cpus=%d,maxcpus=%d", &cpus, &maxCPUs) // there may be no more than at the start
+	_, _ = fmt.Sscanf(q.option("-m"), "%dM", &memory)
+	return cpus, max(cpus, maxCPUs), memory
 }
 
 func (q *fakeQEMU) run() error {
@@ -151,8 +162,11 @@ func (q *fakeQEMU) consolePipe() string {
 // machineLines is what a machine writes to its console, as the statement lines does.
 const machineLines = 60
 
-// fakeMemory is the memory of a VM without limits.
-const fakeMemory = 320 << 20
+// machineMemory is what a machine has, as its balloon tells, and machineFree what it does not use of it.
+const (
+	machineMemory = 320 << 20
+	machineFree   = 100 << 20
+)
 
 func (q *fakeQEMU) bootMachine() {
 	for i := range machineLines {
@@ -476,6 +490,11 @@ func (q *fakeQEMU) answer(c qmpCommand) {
 		result = map[string]any{}
 	}
 	q.send(map[string]any{"id": c.ID, "return": result})
+	if c.Execute == "device_del" {
+		var device struct{ ID string }
+		_ = json.Unmarshal(c.Arguments, &device) // it was read before
+		q.event("DEVICE_DELETED", map[string]any{"device": device.ID})
+	}
 	if c.Execute == "quit" {
 		_ = q.port.Close() // the process ends
 		os.Exit(0)
@@ -487,10 +506,11 @@ func (q *fakeQEMU) execute(c qmpCommand) (any, error) {
 		return nil, err
 	}
 	var a struct {
-		ID, Driver, Drive, Chardev, Bus, Opaque, Fdname string
-		NodeName                                        string `json:"node-name"`
-		FdsetID                                         int    `json:"fdset-id"`
-		File                                            struct{ Filename string }
+		ID, Driver, Drive, Chardev, Bus, Opaque, Fdname, Property string
+		NodeName                                                  string `json:"node-name"`
+		FdsetID                                                   int    `json:"fdset-id"`
+		Requested                                                 int64  `json:"requested-size"`
+		File                                                      struct{ Filename string }
 	}
 	if len(c.Arguments) > 0 {
 		if err := json.Unmarshal(c.Arguments, &a); err != nil {
@@ -505,7 +525,7 @@ func (q *fakeQEMU) execute(c qmpCommand) (any, error) {
 	case "system_powerdown":
 		time.AfterFunc(20*time.Millisecond, q.powerOff)
 		return nil, nil
-	case "qom-set": // how often the balloon tells its statistics
+	case "qom-set", "object-add": // how often the balloon tells its statistics; what is behind memory that is plugged
 		return nil, nil
 	case "query-kvm":
 		return map[string]any{"enabled": strings.HasPrefix(q.option("-accel"), "kvm"), "present": true}, nil
@@ -529,7 +549,11 @@ func (q *fakeQEMU) execute(c qmpCommand) (any, error) {
 		delete(q.passed, "state")
 		q.saved = "active"
 		if c.Execute == "migrate" {
-			q.migrate(fd, q.saveState, "finish-migrate", "postmigrate")
+			then := "postmigrate"
+			if q.faults.restless {
+				then = "running"
+			}
+			q.migrate(fd, q.saveState, "finish-migrate", then)
 		} else {
 			q.migrate(fd, q.loadState, "inmigrate", "paused")
 		}
@@ -540,12 +564,25 @@ func (q *fakeQEMU) execute(c qmpCommand) (any, error) {
 		text := q.console
 		q.console = ""
 		return base64.StdEncoding.EncodeToString([]byte(text)), nil
-	case "qom-get": // of the machine: what it began with, which is all it has
-		return map[string]int{"cpus": 1, "maxcpus": 1, "size": fakeMemory}, nil
+	case "query-balloon":
+		return map[string]int{"actual": machineMemory}, nil
+	case "qom-get": // of the balloon; of the machine: what it began with
+		if a.Property == "guest-stats" {
+			return map[string]any{"last-update": time.Now().Unix(), "stats": map[string]int{
+				"stat-total-memory": machineMemory, "stat-free-memory": machineFree, "stat-available-memory": machineFree,
+			}}, nil
+		}
+		cpus, maxCPUs, memory := q.size()
+		return map[string]int{"cpus": cpus, "maxcpus": maxCPUs, "size": memory << 20}, nil
 	case "query-cpus-fast":
-		return []any{map[string]int{"cpu-index": 0}}, nil
+		return make([]struct{}, q.cpus), nil
+	case "query-hotpluggable-cpus":
+		return q.listProcessors(), nil
 	case "query-memory-devices":
-		return []any{}, nil
+		if q.memory == 0 {
+			return []any{}, nil
+		}
+		return []any{map[string]any{"data": map[string]any{"id": "memory1", "size": q.memory, "requested-size": q.memory}}}, nil
 	case "qom-list":
 		return named("name", q.devices), nil
 	case "query-named-block-nodes":
@@ -595,9 +632,16 @@ func (q *fakeQEMU) execute(c qmpCommand) (any, error) {
 			return nil, fmt.Errorf("device '%s' has no backend '%s%s'", a.ID, a.Drive, a.Chardev)
 		}
 		q.devices = append(q.devices, a.ID)
+		q.memory += a.Requested
+		if a.Driver == fakeProcessor {
+			q.cpus++
+		}
 		if _, ok := q.ports[a.Bus]; ok {
 			q.ports[a.Bus] = a.ID
 		}
+		return nil, nil
+	case "device_del":
+		q.devices = without(q.devices, a.ID)
 		return nil, nil
 	}
 	return nil, fmt.Errorf("the command %s has not been found", c.Execute)
@@ -619,6 +663,22 @@ func (q *fakeQEMU) listSets() any {
 	list := []any{}
 	for set, opaque := range q.fdsets {
 		list = append(list, map[string]any{"fdset-id": set, "fds": []any{map[string]any{"fd": 0, "opaque": opaque}}})
+	}
+	return list
+}
+
+// fakeProcessor is the kind of device that a processor is.
+const fakeProcessor = "max-x86_64-cpu"
+
+func (q *fakeQEMU) listProcessors() any {
+	_, most, _ := q.size()
+	list := []any{}
+	for i := range most {
+		slot := map[string]any{"type": fakeProcessor, "props": map[string]int{"core-id": i}}
+		if i < q.cpus {
+			slot["qom-path"] = fmt.Sprintf("/machine/unattached/device[%d]", i)
+		}
+		list = append(list, slot)
 	}
 	return list
 }

@@ -65,9 +65,12 @@ type worldKey struct{}
 //	endhelper POD NAME        kills one
 //	trace POD                 what a removed pod's VM was asked, normalised
 //	count POD N TEXT          waits until the text is N times in that
-//	template ready|unmade     waits until the daemon that runs has a template, or could not make one
+//	limit MIB                 the memory limit of pods that are made from now on, 0 for none
+//	template ready [N]        waits until the daemon that runs has so many templates
+//	template unmade           waits until it could not make one
 //	template damage|cut|remove|count FILE   does so to the template's memory, state or manifest.json, or prints how many there are
-//	begins POD template|boot  how the pod's VM has begun
+//	template waits [N]        waits until guests have begun to wait for their pods so many times
+//	begins POD template|spare|boot [grown]  how the pod's VM has begun, and that it has the pod's size
 //	leaks                     fails if anything of removed pods is left
 //
 // A command with ! before it has to fail; its error is then in stderr.
@@ -168,8 +171,9 @@ type command func(*world, []string) (string, error)
 func scriptCommands() map[string]command {
 	return map[string]command{
 		"daemon": daemonCommand, "guest": guestCommand, "cni": cniCommand, "qemu": qemuCommand, "containerd": containerdCommand,
-		"runp": least(1, func(w *world, a []string) (string, error) { return "", w.run(a[0], a[1:]...) }),
-		"race": least(2, raceCommand), "create": least(2, createCommand),
+		"runp":  least(1, func(w *world, a []string) (string, error) { return "", w.run(a[0], a[1:]...) }),
+		"limit": least(1, limitCommand),
+		"race":  least(2, raceCommand), "create": least(2, createCommand),
 		"start": least(1, func(w *world, a []string) (string, error) { return "", w.start(a[0]) }),
 		"stopc": least(2, func(w *world, a []string) (string, error) {
 			grace, err := strconv.ParseInt(a[1], 10, 64)
@@ -190,7 +194,7 @@ func scriptCommands() map[string]command {
 		}),
 		"within": least(3, withinCommand), "event": least(2, eventCommand),
 		"vm": least(2, vmCommand), "trace": least(1, traceCommand), "count": least(3, countCommand),
-		"message": least(1, messageCommand), "stats": least(1, statsCommand), "startwithin": least(2, startWithinCommand),
+		"message": least(1, messageCommand), "toldend": least(2, toldEndCommand), "stats": least(1, statsCommand), "startwithin": least(2, startWithinCommand),
 		"reboot": least(1, rebootCommand), "untap": least(1, untapCommand), "helpers": least(1, helpersCommand), "endhelper": least(2, endHelperCommand),
 		"events": least(1, eventsCommand), "metric": least(2, metricCommand),
 		"template": least(1, templateCommand), "begins": least(2, beginsCommand),
@@ -486,6 +490,15 @@ func messageCommand(w *world, args []string) (string, error) {
 	defer cancel()
 	resp, err := w.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: c.id})
 	return lineOf(resp.GetStatus().GetMessage(), err)
+}
+
+// toldEndCommand holds how loudly the daemon says that a pod's guest ended.
+func toldEndCommand(w *world, args []string) (string, error) {
+	p, err := w.pod(args[0])
+	if err != nil {
+		return "", err
+	}
+	return "", w.awaitLog(fmt.Sprintf("level=%s msg=\"the guest ended\" pod=%s", args[1], p.id))
 }
 
 func statsCommand(w *world, args []string) (string, error) {

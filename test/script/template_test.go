@@ -4,8 +4,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -17,14 +19,47 @@ func TestCrashTemplate(t *testing.T) {
 	killedEverywhere(t, map[string]map[string]any{"template": {"enabled": true}}, (*life).containerSteps, 30, 19)
 }
 
+// The same with a guest that waits for its pod, while the next one is made too.
+func TestCrashSpare(t *testing.T) {
+	killedEverywhere(t, map[string]map[string]any{"template": {"enabled": true, "spares": 1}}, (*life).containerSteps, 30, 19)
+}
+
+// The same with a pod that is larger than the template, and grows. No two are of one size, so that none has a template of its own.
+func TestCrashGrown(t *testing.T) {
+	t.Cleanup(func() {
+		if noBed != "" {
+			return
+		}
+		if err := os.RemoveAll(filepath.Join(theBed.records, "templates")); err != nil {
+			t.Error(err)
+		}
+	})
+	grown := func(l *life) []step {
+		l.w.mu.Lock()
+		defer l.w.mu.Unlock()
+		l.w.limits = memoryLimit(300 + 2*int64(crc32.ChecksumIEEE([]byte(l.name))%500))
+		return l.containerSteps()
+	}
+	killedEverywhere(t, map[string]map[string]any{"template": {"enabled": true}}, grown, 30, 25)
+}
+
+func memoryLimit(mib int64) *runtimeapi.LinuxContainerResources {
+	return &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: mib << 20}
+}
+
+// spares tells whether guests wait for pods.
+func (w *world) spares() bool { return w.changes["template"]["spares"] != nil }
+
 // awaitTemplate waits until the daemon that runs has a template of pods without limits.
 func (w *world) awaitTemplate() error { return w.awaitLog("guests begin as a template") }
 
 // awaitLog waits until the daemon that runs has said something.
-func (w *world) awaitLog(what string) error {
+func (w *world) awaitLog(what string) error { return w.awaitLogs(what, 1) }
+
+func (w *world) awaitLogs(what string, times int) error {
 	if !w.until(func() bool {
 		text, _ := os.ReadFile(w.bed.LogFile("vmruntime")) // missing is as good as empty
-		return strings.Contains(string(text[min(w.logFrom, int64(len(text))):]), what)
+		return strings.Count(string(text[min(w.logFrom, int64(len(text))):]), what) >= times
 	}) {
 		return fmt.Errorf("the daemon has not said %q", what)
 	}
@@ -32,9 +67,15 @@ func (w *world) awaitLog(what string) error {
 }
 
 func templateCommand(w *world, args []string) (string, error) {
+	times := 1
+	if len(args) > 1 {
+		_, _ = fmt.Sscan(args[1], &times) // or it is a file
+	}
 	switch args[0] {
 	case "ready":
-		return "", w.awaitTemplate()
+		return "", w.awaitLogs("guests begin as a template", times)
+	case "waits":
+		return "", w.awaitLogs("a guest waits for its pod", times)
 	case "unmade":
 		return "", w.awaitLog("no template could be made")
 	}
@@ -74,6 +115,14 @@ func overwrite(file string) error {
 	return errors.Join(err, f.Close())
 }
 
+func limitCommand(w *world, args []string) (string, error) {
+	mib, err := strconv.ParseInt(args[0], 10, 64)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.limits = memoryLimit(mib)
+	return "", err
+}
+
 // beginsCommand holds how a pod's VM has begun.
 func beginsCommand(w *world, args []string) (string, error) {
 	p, err := w.pod(args[0])
@@ -88,8 +137,16 @@ func beginsCommand(w *world, args []string) (string, error) {
 	}
 	var info struct {
 		Guest struct {
-			Template string `json:"template"`
+			Template  string    `json:"template"`
+			Spare     bool      `json:"spare"`
+			GrownFrom *struct{} `json:"grownFrom"`
+			Growing   bool      `json:"growing"`
 		} `json:"guest"`
+		MemoryBytes int64 `json:"memoryBytes"`
+		Size        struct {
+			BootBytes    int64 `json:"bootBytes"`
+			PluggedBytes int64 `json:"pluggedBytes"`
+		} `json:"size"`
 	}
 	if err := json.Unmarshal([]byte(resp.GetInfo()["info"]), &info); err != nil {
 		return "", err
@@ -98,7 +155,17 @@ func beginsCommand(w *world, args []string) (string, error) {
 	if info.Guest.Template != "" {
 		how = "template"
 	}
-	if how != args[1] {
+	if info.Guest.Spare {
+		how = "spare"
+	}
+	if info.Guest.GrownFrom != nil {
+		how += " grown"
+	}
+	// Memory comes in blocks of 2 MiB.
+	if have, want := info.Size.BootBytes+info.Size.PluggedBytes, info.MemoryBytes; have < want || have >= want+2<<20 || info.Guest.Growing {
+		return "", fmt.Errorf("the VM has %d bytes of memory, want %d; it grows: %v", have, want, info.Guest.Growing)
+	}
+	if want := strings.Join(args[1:], " "); how != want {
 		return "", fmt.Errorf("the VM has begun by %s", how)
 	}
 	return "", nil

@@ -35,7 +35,8 @@ type world struct {
 
 	pods       map[string]*sandbox
 	containers map[string]*ctr
-	lives      map[string]int            // pods that were removed, by name
+	lives      map[string]int // pods that were removed, by name
+	limits     *runtimeapi.LinuxContainerResources
 	changes    map[string]map[string]any // what the daemons of a crash test have for their configuration
 	logFrom    int64                     // how long the log was when the daemon was started
 
@@ -202,7 +203,9 @@ func (w *world) podConfig(name string) *runtimeapi.PodSandboxConfig {
 		Hostname:     name,
 		LogDirectory: filepath.Join(w.logs, fmt.Sprintf("%s-%d", name, w.lives[name])),
 		DnsConfig:    &runtimeapi.DNSConfig{Servers: []string{"192.0.2.53"}},
-		Linux:        &runtimeapi.LinuxPodSandboxConfig{CgroupParent: w.bed.CgroupParent(), SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{}},
+		Linux: &runtimeapi.LinuxPodSandboxConfig{
+			CgroupParent: w.bed.CgroupParent(), SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{}, Resources: w.limits,
+		},
 	}
 }
 

@@ -114,6 +114,12 @@ func Sets() []Set {
 			Env:      []string{"CGO_ENABLED=0"},
 		},
 		{
+			Name: "metrics-server", Module: "sigs.k8s.io/metrics-server",
+			Packages: []string{"cmd/metrics-server"},
+			Flags:    []string{"-ldflags", "-s -w"},
+			Env:      []string{"CGO_ENABLED=0"},
+		},
+		{
 			Name: "kubernetes-e2e", Source: "kubernetes", Module: "k8s.io/kubernetes",
 			Test:  "test/e2e",
 			Flags: []string{"-ldflags", kubernetesVersion},

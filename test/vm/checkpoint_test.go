@@ -2,6 +2,7 @@ package vm_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -16,6 +17,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/vmruntime/vmruntime/test/images"
 )
 
 // counter writes numbers to its log as fast as they can be read, and keeps the last one in memory and in a file.
@@ -168,6 +171,7 @@ func TestCheckpointRestore(t *testing.T) {
 	if got := rstill.sh("ip -o -4 addr show eth0"); !strings.Contains(got, " "+r.ip()+"/") || strings.Contains(got, " "+p.ip()+"/") {
 		t.Errorf("the restored pod has %q, want %s and not %s", got, r.ip(), p.ip())
 	}
+	refused(t, r.tryCheckpoint(t.TempDir(), rstill), codes.FailedPrecondition, rcount.id, "has not been started")
 	rcount.start()
 	r.until("the restored counter goes on", func() bool { return len(rcount.numbers()) > 100 })
 	numbers := rcount.numbers()
@@ -312,6 +316,17 @@ func TestRestoreRefused(t *testing.T) {
 			refused(t, err, tc.code, tc.word)
 		})
 	}
+	t.Run("block volume", func(t *testing.T) {
+		file := filepath.Join(t.TempDir(), "volume")
+		if err := errors.Join(os.WriteFile(file, nil, 0o600), os.Truncate(file, 1<<20)); err != nil {
+			t.Fatal(err)
+		}
+		device := loop(t, file)
+		_, err := b.tryRestore(ctx, dir, b.podConfig(t), change(func(c *runtimeapi.ContainerConfig) {
+			c.Devices = []*runtimeapi.Device{{HostPath: device, ContainerPath: "/dev/volume", Permissions: "rwm"}}
+		})...)
+		refused(t, err, codes.InvalidArgument, "/dev/volume")
+	})
 	for _, name := range []string{"manifest.json", "memory.zst", "scratch.zst"} {
 		path := filepath.Join(dir, name)
 		data, err := os.ReadFile(path)
@@ -402,15 +417,26 @@ func TestRestoreElsewhere(t *testing.T) {
 	c := p.start(counter("count")).ready(" 100\n")
 	const say = "touch /dev/shm/say; while [ ! -s /said ]; do sleep 0.1; done; cat /written; cut -d' ' -f1 /said; rm /said"
 	dir := p.checkpoint(c)
+	m := b.busyMachine(ctx, t)
+	machineDir, secret := m.pod.checkpoint(m), strings.TrimSuffix(m.sh("cat /run/m/secret"), "\n")
+	since := len(m.ticks())
+	m.until("the checkpointed machine goes on", func() bool { return len(m.ticks()) > since })
+	since = m.ticks()[since] + 1
 	want := strings.TrimSuffix(c.sh(say), "\n")
-	qemu := p.verboseInfo().Guest.QEMU.PID
+	qemus := []int{p.verboseInfo().Guest.QEMU.PID, m.pod.verboseInfo().Guest.QEMU.PID}
 	b.crash(t)
-	kill(t, qemu)
+	for _, pid := range qemus {
+		kill(t, pid)
+	}
 	emptyState(t, filepath.Join(b.Root, "run", "s"))
 	b.again(ctx, t)
 	before := c.numbers()
 	p.remove()
+	m.pod.remove()
 	_, other := another(t)
+	if err := other.pull(ctx, images.Tiny); err != nil {
+		t.Fatal(err)
+	}
 	for what, b := range map[string]*bed{"after the reboot": b, "on another node": other} {
 		r, ctrs := b.restore(ctx, t, dir, b.podConfig(t), proto.CloneOf(c.cfg))
 		ctrs[0].start()
@@ -421,5 +447,8 @@ func TestRestoreElsewhere(t *testing.T) {
 			t.Errorf("%s the log begins with %d", what, numbers[0])
 		}
 		ctrs[0].expect(say, want)
+		_, machines := b.restore(ctx, t, machineDir, b.podConfig(t, sized(192<<20), func(c *runtimeapi.PodSandboxConfig) { c.Metadata.Name = "machine" }), proto.CloneOf(m.cfg))
+		machines[0].start()
+		machines[0].goesOn(what, secret, since)
 	}
 }

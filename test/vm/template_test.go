@@ -19,6 +19,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/vmruntime/vmruntime/test/images"
+	"github.com/vmruntime/vmruntime/test/node"
 )
 
 // guestInfo is what a verbose status tells of a pod's guest.
@@ -26,6 +27,12 @@ type guestInfo struct {
 	Boot          int    `json:"boot"`
 	Template      string `json:"template"`
 	PrivateMemory bool   `json:"privateMemory"`
+	Spare         bool   `json:"spare"`
+	GrownFrom     *struct {
+		VCPUs       int   `json:"vcpus"`
+		MemoryBytes int64 `json:"memoryBytes"`
+	} `json:"grownFrom"`
+	Growing bool `json:"growing"`
 }
 
 func (p *pod) guestInfo() guestInfo {
@@ -43,19 +50,29 @@ func (p *pod) guestInfo() guestInfo {
 	return info.Guest
 }
 
-// withTemplates has the node's daemon begin pods as templates, shared so, for the time of the test, and waits until it does.
-func (b *bed) withTemplates(ctx context.Context, t *testing.T, share string) {
+// withTemplates has the node's daemon begin pods as templates, shared so, for the time of the test, and so many guests wait for pods. It
+// waits until there is a template.
+func (b *bed) withTemplates(ctx context.Context, t *testing.T, share string, spares int) {
+	t.Helper()
+	from := fileSize(b.LogFile("vmruntime"))
+	b.configured(ctx, t, node.TemplateConfig, fmt.Sprintf("[template]\nshare = %q\nspares = %d\n", share, spares))
+	b.awaitTemplate(ctx, t, from)
+}
+
+// configured has the node's daemon run with a part of its configuration exchanged, for the time of the test.
+func (b *bed) configured(ctx context.Context, t *testing.T, part, by string) {
 	t.Helper()
 	config := filepath.Join(b.Root, "vmruntime", "vmruntime.toml")
 	before := readFile(config)
-	from := fileSize(b.LogFile("vmruntime"))
-	b.configure(ctx, t, config, fmt.Sprintf("%s\n[template]\nenabled = true\nshare = %q\n", before, share))
+	if !strings.Contains(before, part) {
+		t.Fatalf("%s does not contain %q", config, part)
+	}
+	b.configure(ctx, t, config, strings.Replace(before, part, by, 1))
 	t.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
 		defer cancel()
 		b.configure(ctx, t, config, before)
 	})
-	b.awaitTemplate(ctx, t, from)
 }
 
 func (b *bed) configure(ctx context.Context, t *testing.T, file, text string) {
@@ -89,7 +106,7 @@ func TestNoTwins(t *testing.T) {
 	_, b := use(t)
 	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Minute) // many pods, each of which has its time
 	t.Cleanup(cancel)
-	b.withTemplates(ctx, t, "off")
+	b.withTemplates(ctx, t, "off", 0)
 	var all [clones]clone
 	for batch := range clones / 5 {
 		var work sync.WaitGroup
@@ -168,7 +185,7 @@ func TestTemplateShare(t *testing.T) {
 }
 
 func (b *bed) templateShare(ctx context.Context, t *testing.T, share string, private, same, namespaces bool) {
-	b.withTemplates(ctx, t, share)
+	b.withTemplates(ctx, t, share, 0)
 	one, two, other := b.templatePod(ctx, t, "a"), b.templatePod(ctx, t, "a"), b.templatePod(ctx, t, "b")
 	for _, p := range []*pod{one, two, other} {
 		if g := p.guestInfo(); g.PrivateMemory != private {
@@ -253,7 +270,7 @@ func (p *pod) memoryFile() string {
 // TestTemplateDamaged holds that a daemon that finds a damaged template starts pods all the same, and makes another one.
 func TestTemplateDamaged(t *testing.T) {
 	ctx, b := use(t)
-	b.withTemplates(ctx, t, "off")
+	b.withTemplates(ctx, t, "off", 0)
 	dirs, err := filepath.Glob(filepath.Join(b.Root, "vmruntime", "root", "templates", "*", "memory"))
 	if err != nil || len(dirs) == 0 {
 		t.Fatalf("no templates: %v", err)
@@ -283,7 +300,7 @@ func TestTemplateDamaged(t *testing.T) {
 // TestTemplateHalfMade holds that a daemon that was killed while it made a template leaves nothing that the next one does not end.
 func TestTemplateHalfMade(t *testing.T) {
 	ctx, b := use(t)
-	b.withTemplates(ctx, t, "off")
+	b.withTemplates(ctx, t, "off", 0)
 	b.crash(t)
 	store := filepath.Join(b.Root, "vmruntime", "root", "templates")
 	if err := os.RemoveAll(store); err != nil {

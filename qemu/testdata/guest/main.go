@@ -174,10 +174,12 @@ func tpm(command string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	f, err := os.OpenFile("/dev/tpm0", os.O_RDWR, 0)
+	// Not by os.OpenFile, which makes it non-blocking: a read is then an end of file until there is an answer.
+	fd, err := unix.Open("/dev/tpm0", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return "", err
 	}
+	f := os.NewFile(uintptr(fd), "tpm0")
 	defer f.Close()
 	if _, err := f.Write(data); err != nil {
 		return "", err

@@ -97,6 +97,9 @@ func run(ctx context.Context, f flags) error {
 			errs = append(errs, fmt.Errorf("%s: %w", name, err))
 		}
 		maps.DeleteFunc(results, func(_ string, r critest.Result) bool { return r == critest.Skipped }) // those out of focus too
+		if len(results) == 0 {
+			errs = append(errs, fmt.Errorf("%s: no spec was run", name))
+		}
 		fmt.Printf("%s in %s, see %s\n", summary(name, results), time.Since(start).Round(time.Second), f.file(name+".log"))
 		maps.Copy(all[name], results)
 	}
@@ -114,8 +117,14 @@ func run(ctx context.Context, f flags) error {
 	if len(all[vms]) > 0 {
 		errs = append(errs, judge(all[containers], all[vms], skips))
 	}
+	if n := all[vms].Count(critest.Passed); f.focus == focus && strings.Contains(f.runs, vms) && n < leastPassed {
+		errs = append(errs, fmt.Errorf("%d specs passed with VMs, want at least %d", n, leastPassed))
+	}
 	return errors.Join(errs...)
 }
+
+// leastPassed is how many of the specs that are run by default have to pass with VMs.
+const leastPassed = 98
 
 // resultsName is the file of all results, by run and spec.
 const resultsName = "results.json"

@@ -33,6 +33,9 @@ const (
 	vmHandler      = "vm"
 )
 
+// slower is how much longer than the first a round may take, which on a machine that does nothing else means that the daemon has slowed down.
+const slower = 1.5
+
 type flags struct {
 	runs, focus, out, vmruntime, guest, skip string
 	parallel, rounds                         int
@@ -122,12 +125,15 @@ func run(ctx context.Context, f flags) error {
 // print tells how long each round took, against the first, and what the daemon had after it.
 func (o *outcome) print(name, log string) {
 	for i, r := range o.rounds {
-		fmt.Printf("critest %s, round %d took %s (ratio %.2f), see %s\n", name, i+1, r.took.Round(time.Second), float64(r.took)/float64(o.rounds[0].took), log)
+		fmt.Printf("critest %s, round %d took %s (ratio %.2f), see %s\n", name, i+1, r.took.Round(time.Second), r.ratio(o), log)
 		if name != baseline {
 			fmt.Printf("  after it the daemon has %s\n", r.usage)
 		}
 	}
 }
+
+// ratio is how long the round took against the first one.
+func (r round) ratio(o *outcome) float64 { return float64(r.took) / float64(o.rounds[0].took) }
 
 // runOne brings up a node and runs the suite, as often as asked.
 func runOne(ctx context.Context, name string, f flags, skips []critest.Skip, registry http.Handler) (rounds []round, err error) {
@@ -203,6 +209,12 @@ func judge(f flags, outcomes map[string]*outcome, skips []critest.Skip) error {
 		for i, r := range o.rounds {
 			if err := r.judge(f, name, outcomes[baseline], i, skips); err != nil {
 				errs = append(errs, fmt.Errorf("%s, round %d: %w", name, i+1, err))
+			}
+			if err := critest.Compare(o.rounds[0].results, r.results); err != nil {
+				errs = append(errs, fmt.Errorf("%s, round %d against the first: %w", name, i+1, err))
+			}
+			if ratio := r.ratio(o); ratio > slower {
+				errs = append(errs, fmt.Errorf("%s, round %d took %.2f times as long as the first, want at most %.1f", name, i+1, ratio, slower))
 			}
 		}
 	}
