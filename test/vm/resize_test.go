@@ -117,6 +117,13 @@ func TestResizeUpAndDown(t *testing.T) {
 	c.expect("nproc", "2")
 	between(t, "the guest's memory in MiB", c.total(), small+192-4, small+192+4)
 	c.expect("cd /sys/fs/cgroup; cat cpu.max memory.max", "200000 100000\n268435456")
+	// One that has the pod's own limit, as the kubelet gives it to a container without any, adds nothing to it.
+	other := p.start(with(idle("other"), func(c *runtimeapi.ContainerConfig) { c.Linux.Resources = limitsOf(2000, 256) })).ready("ready")
+	other.update(limitsOf(2000, 256))
+	if s := p.vmSize(); s.Size.PluggedBytes != 192<<20 || s.Size.RequestedBytes != 192<<20 {
+		t.Errorf("with two containers that have the pod's limit the VM is %+v, want 192 MiB that are plugged", s)
+	}
+	other.stop(5)
 	before := p.charged()
 	if !c.take(150) {
 		t.Error("150 MiB cannot be had with a limit of 256")
