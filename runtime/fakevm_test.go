@@ -120,7 +120,7 @@ func TestMachinesAskedTogether(t *testing.T) {
 		})
 		selected[fakeMachine(t, rt, id, vm).pod] = true
 	}
-	for p, a := range askAll(t.Context(), selected, true) {
+	for p, a := range askAll(t.Context(), selected, allNow) {
 		if a.memory.Total != 1000 || a.disks["root"].Reads != 7 || a.guest != nil {
 			t.Errorf("pod %s answers %+v, want memory and disks", p.id, a)
 		}

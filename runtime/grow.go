@@ -70,6 +70,7 @@ func (g *guest) growFirst(ctx context.Context, client agentClient) error {
 	if !record.Growing {
 		return nil
 	}
+	g.ungrown.Store(false) // it may have been stopped meanwhile
 	from, size := *record.GrownFrom, p.size()
 	err := trace.Do(ctx, "grow", func(ctx context.Context) error {
 		ctx, cancel := context.WithTimeout(ctx, firstGrowTimeout)

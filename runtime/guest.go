@@ -59,6 +59,8 @@ type guest struct {
 	failure  error         // why the guest is no more
 	changed  chan struct{} // closed and replaced when client or failure change
 
+	recent recent
+
 	plug  sync.Mutex        // held while devices are added
 	share *qemu.ShareServer // started by this daemon; plug guards it
 
@@ -147,7 +149,7 @@ func (g *guest) supervise(ctx, session context.Context) {
 			g.log.Debug("the session with the agent was lost as it began", "error", err)
 			continue
 		}
-		if err != nil && !time.Now().Before(deadline) && g.stopped(ctx) {
+		if err != nil && g.stopped(ctx) {
 			deadline = time.Now().Add(bootTimeout)
 			continue
 		}

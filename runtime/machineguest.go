@@ -438,6 +438,9 @@ func (rt *Runtime) recoverMachine(ctx context.Context, p *pod, g *guest, r guest
 	if err := g.machine.respond(p); err != nil {
 		p.log.Error("answering the machine's DHCP", "error", err)
 	}
+	if err := p.applyCPUQuota(); err != nil {
+		p.log.Warn("bounding the machine's CPU time", "error", err)
+	}
 	if c.rec.Status().StartedAt.IsZero() {
 		if waits, err := c.waitsForStart(ctx, g); waits || err != nil {
 			return err

@@ -263,6 +263,12 @@ func (c *container) bootSaved(ctx context.Context, files machineFiles, r *archiv
 	if err == nil {
 		err = g.vm.Resume(ctx)
 	}
+	if err != nil {
+		return g, err // which is ended; a daemon that finds it lets it go on
+	}
+	if s := p.rec.Status().Resized; s != nil && c.rec.Spec().Machine.HugePageBytes == 0 && s.Size.MemoryBytes < c.rec.Spec().Machine.MemoryBytes {
+		err = g.vm.RequestMemory(ctx, s.Size.MemoryBytes)
+	}
 	return g, errors.Join(err, p.update(func(s *podStatus) error { s.Capturing = false; return nil }))
 }
 

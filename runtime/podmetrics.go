@@ -169,7 +169,7 @@ func (rt *Runtime) ListPodSandboxMetrics(ctx context.Context, _ *runtimeapi.List
 		}
 	}
 	resp := &runtimeapi.ListPodSandboxMetricsResponse{}
-	for p, a := range askAll(ctx, ready, true) {
+	for p, a := range askAll(ctx, ready, allNow) {
 		resp.PodMetrics = append(resp.PodMetrics, p.metrics(a))
 	}
 	return resp, nil

@@ -63,9 +63,10 @@ type resized struct {
 	Resources message[*runtimeapi.LinuxContainerResources] `json:"resources"`
 	Overhead  message[*runtimeapi.LinuxContainerResources] `json:"overhead"`
 	Size      vmSize                                       `json:"size"`
-	// Told says that UpdatePodSandboxResources has given limits. Whoever tells the pod's, as the kubelet does before it raises containers' and after
-	// it has lowered them, does not want them to follow those: they may be the pod's own, which containers without a limit have too.
-	Told bool `json:"told,omitempty"`
+	// ToldCPU and ToldMemory say that UpdatePodSandboxResources has given that limit. Whoever tells the pod's, as the kubelet does before it raises
+	// containers' and after it has lowered them, does not want it to follow those: it may be the pod's own, which containers without one have too.
+	ToldCPU    bool `json:"toldCPU,omitempty"`
+	ToldMemory bool `json:"toldMemory,omitempty"`
 }
 
 // guestRecord is the latest boot of a pod's guest.

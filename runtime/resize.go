@@ -45,7 +45,12 @@ func (rt *Runtime) UpdatePodSandboxResources(ctx context.Context, req *runtimeap
 	if err := p.resize(ctx, next, nil); err != nil {
 		return nil, err
 	}
-	return &runtimeapi.UpdatePodSandboxResourcesResponse{}, p.update(func(s *podStatus) error { s.Resized.Told = true; return nil })
+	update := told(nil, req.GetResources())
+	return &runtimeapi.UpdatePodSandboxResourcesResponse{}, p.update(func(s *podStatus) error {
+		s.Resized.ToldCPU = s.Resized.ToldCPU || update.GetCpuQuota() > 0
+		s.Resized.ToldMemory = s.Resized.ToldMemory || update.GetMemoryLimitInBytes() > 0
+		return nil
+	})
 }
 
 // limits are what the pod may use.
@@ -71,12 +76,15 @@ func (c *container) resizeFor(ctx context.Context, limits *runtimeapi.LinuxConta
 	p := c.pod
 	p.life.Lock()
 	defer p.life.Unlock()
-	if r := p.rec.Status().Resized; r != nil && r.Told {
-		return change(ctx)
-	}
 	now := p.limits()
 	next := &runtimeapi.LinuxPodSandboxConfig{
 		Resources: p.vmConfig().followed(now.GetResources(), p.sumOfLimits(c, c.resources()), p.sumOfLimits(c, limits)), Overhead: now.GetOverhead(),
+	}
+	if r := p.rec.Status().Resized; r != nil && r.ToldCPU {
+		next.Resources.CpuQuota, next.Resources.CpuPeriod = now.GetResources().GetCpuQuota(), now.GetResources().GetCpuPeriod()
+	}
+	if r := p.rec.Status().Resized; r != nil && r.ToldMemory {
+		next.Resources.MemoryLimitInBytes = now.GetResources().GetMemoryLimitInBytes()
 	}
 	if proto.Equal(next.GetResources(), told(now.GetResources(), nil)) {
 		return change(ctx)
@@ -113,16 +121,21 @@ func (p *pod) sumOfLimits(c *container, limits *runtimeapi.LinuxContainerResourc
 
 // resize has the VM come to the size for the limits, and in between, if there is one, does the change. The caller holds life.
 func (p *pod) resize(ctx context.Context, next *runtimeapi.LinuxPodSandboxConfig, change func(context.Context) error) error {
-	ctx, cancel := context.WithTimeout(ctx, resizeTimeout)
-	defer cancel()
 	if change == nil {
 		change = func(context.Context) error { return nil }
 	}
-	before := p.size()
 	after, err := p.vmConfig().resized(p.limits(), next)
 	if err != nil {
 		return err
 	}
+	return p.resizeTo(ctx, next, after, change)
+}
+
+// resizeTo is resize to a size.
+func (p *pod) resizeTo(ctx context.Context, next *runtimeapi.LinuxPodSandboxConfig, after vmSize, change func(context.Context) error) (err error) {
+	ctx, cancel := context.WithTimeout(ctx, resizeTimeout)
+	defer cancel()
+	before := p.size()
 	g := p.currentGuest()
 	if g == nil || !g.alive() {
 		return errors.Join(change(ctx), p.recordSize(next, after))
@@ -172,12 +185,15 @@ func (p *pod) resizeHuge(ctx context.Context, next *runtimeapi.LinuxPodSandboxCo
 
 func (p *pod) recordSize(limits *runtimeapi.LinuxPodSandboxConfig, size vmSize) error {
 	return p.update(func(s *podStatus) error {
-		s.Resized = &resized{
+		now := resized{
 			Resources: message[*runtimeapi.LinuxContainerResources]{told(limits.GetResources(), nil)},
 			Overhead:  message[*runtimeapi.LinuxContainerResources]{told(limits.GetOverhead(), nil)},
 			Size:      size,
-			Told:      s.Resized != nil && s.Resized.Told,
 		}
+		if s.Resized != nil {
+			now.ToldCPU, now.ToldMemory = s.Resized.ToldCPU, s.Resized.ToldMemory
+		}
+		s.Resized = &now
 		return nil
 	})
 }

@@ -528,18 +528,24 @@ func (p *pod) restoreVM(ctx context.Context, m *checkpointManifest, disks []qemu
 	return p.checkRestored(ctx, g, client, m)
 }
 
-// resizeRestored has a restored VM come to the size of its pod's limits, if it has some, as they may be others than those that it was saved with.
-// The caller holds life.
+// resizeRestored has a restored VM come to the size of its pod's limits, as they may be others than those that it was saved with. Of what is
+// not limited it keeps what it had. The caller holds life.
 func (p *pod) resizeRestored(ctx context.Context) error {
 	limits := p.config().GetLinux()
-	if limits.GetResources() == nil {
-		return nil
-	}
 	size, err := p.vmConfig().resized(limits, limits)
-	if err != nil || size == p.size() {
+	if err != nil {
 		return err
 	}
-	return p.resize(ctx, limits, nil)
+	if cpuTime(limits.GetResources()) == 0 {
+		size.VCPUs = p.size().VCPUs
+	}
+	if limits.GetResources().GetMemoryLimitInBytes() <= 0 {
+		size.MemoryBytes = p.size().MemoryBytes
+	}
+	if size == p.size() {
+		return nil
+	}
+	return p.resizeTo(ctx, limits, size, func(context.Context) error { return nil })
 }
 
 // bootRestored starts QEMU with the size that the saved VM has begun with.

@@ -43,25 +43,50 @@ func (s *cpuSample) nanoCores(usage uint64, at time.Time) uint64 {
 // answer is what a pod's guest tells of what it uses, as far as it answers: its agent of its containers, QEMU of a machine.
 type answer struct {
 	guest  *agentpb.StatsResponse
+	at     time.Time // of the guest's figures, by the node's clock: the kubelet compares it with its own
 	memory qemu.MemoryStats
 	disks  map[string]qemu.DiskStats
 }
 
-// ask asks a pod's guest; one that does not run answers nothing. Counting open files, or the work of a machine's disks, is only for who asks for
-// all, since it takes longer.
-func (p *pod) ask(ctx context.Context, all bool) (a answer) {
+// detail is how much a guest is asked, and when.
+type detail int
+
+const (
+	// fewRecent are the usual figures, which may be some seconds old.
+	fewRecent detail = iota
+	// fewNow are the usual figures of this moment.
+	fewNow
+	// allNow are open files too, or the work of a machine's disks, which takes longer.
+	allNow
+)
+
+// ask asks a pod's guest; one that does not run answers nothing.
+func (p *pod) ask(ctx context.Context, d detail) (a answer) {
 	g := p.currentGuest()
 	if g == nil || !g.alive() {
 		return a
 	}
 	ctx, cancel := context.WithTimeout(ctx, statsTimeout)
 	defer cancel()
-	if g.machine != nil {
-		a.memory, a.disks = g.askMachine(ctx, all)
-	} else {
-		a.guest = g.askContainers(ctx, all)
+	switch {
+	case g.machine != nil:
+		a.memory, a.disks = g.askMachine(ctx, d == allNow)
+	case d == fewRecent:
+		a.guest, a.at = g.recentStats(ctx, p.runningIDs())
+	default:
+		a.guest, a.at = g.askContainers(ctx, d == allNow), time.Now()
 	}
 	return a
+}
+
+// runningIDs are the guest's names of the containers that run.
+func (p *pod) runningIDs() (ids []string) {
+	for _, c := range p.rt.containersOf(p.id) {
+		if c.rec.Status().running() {
+			ids = append(ids, c.guestID())
+		}
+	}
+	return ids
 }
 
 func (g *guest) askContainers(ctx context.Context, descriptors bool) *agentpb.StatsResponse {
@@ -74,6 +99,7 @@ func (g *guest) askContainers(ctx context.Context, descriptors bool) *agentpb.St
 		g.log.Debug("asking the guest for statistics", "error", err)
 		return nil
 	}
+	g.recent.set(resp)
 	return resp
 }
 
@@ -83,7 +109,7 @@ func (rt *Runtime) ContainerStats(ctx context.Context, req *runtimeapi.Container
 	if err != nil {
 		return nil, err
 	}
-	return &runtimeapi.ContainerStatsResponse{Stats: c.stats(c.pod.ask(ctx, false))}, nil
+	return &runtimeapi.ContainerStatsResponse{Stats: c.stats(c.pod.ask(ctx, fewNow))}, nil
 }
 
 // ListContainerStats reports what the containers that the filter lets through use. Guests are asked side by side.
@@ -101,7 +127,7 @@ func (rt *Runtime) ListContainerStats(ctx context.Context, req *runtimeapi.ListC
 		}
 	}
 	resp := &runtimeapi.ListContainerStatsResponse{}
-	for p, a := range askAll(ctx, selected, false) {
+	for p, a := range askAll(ctx, selected, fewRecent) {
 		for _, c := range selected[p] {
 			resp.Stats = append(resp.Stats, c.stats(a))
 		}
@@ -109,13 +135,13 @@ func (rt *Runtime) ListContainerStats(ctx context.Context, req *runtimeapi.ListC
 	return resp, nil
 }
 
-func askAll[V any](ctx context.Context, pods map[*pod]V, all bool) map[*pod]answer {
+func askAll[V any](ctx context.Context, pods map[*pod]V, d detail) map[*pod]answer {
 	var mu sync.Mutex
 	var asked sync.WaitGroup
 	out := make(map[*pod]answer, len(pods))
 	for p := range pods {
 		asked.Go(func() {
-			a := p.ask(ctx, all)
+			a := p.ask(ctx, d)
 			mu.Lock()
 			defer mu.Unlock()
 			out[p] = a
@@ -139,8 +165,7 @@ func (c *container) stats(a answer) *runtimeapi.ContainerStats {
 		if s.GetId() != c.guestID() {
 			continue
 		}
-		// The node's clock: the kubelet compares it with its own.
-		now := time.Now()
+		now := a.at
 		out.Cpu = c.cpuUsage(s.GetCgroup(), now)
 		out.Memory = memoryUsage(s.GetCgroup(), now)
 		out.Swap = &runtimeapi.SwapUsage{
@@ -200,7 +225,7 @@ func (rt *Runtime) PodSandboxStats(ctx context.Context, req *runtimeapi.PodSandb
 	if err != nil {
 		return nil, err
 	}
-	return &runtimeapi.PodSandboxStatsResponse{Stats: p.stats(p.ask(ctx, false))}, nil
+	return &runtimeapi.PodSandboxStatsResponse{Stats: p.stats(p.ask(ctx, fewNow))}, nil
 }
 
 // ListPodSandboxStats reports the pods that the filter lets through and that have not been stopped.
@@ -217,7 +242,7 @@ func (rt *Runtime) ListPodSandboxStats(ctx context.Context, req *runtimeapi.List
 		}
 	}
 	resp := &runtimeapi.ListPodSandboxStatsResponse{}
-	for p, a := range askAll(ctx, selected, false) {
+	for p, a := range askAll(ctx, selected, fewRecent) {
 		resp.Stats = append(resp.Stats, p.stats(a))
 	}
 	return resp, nil
@@ -243,8 +268,8 @@ func (p *pod) stats(a answer) *runtimeapi.PodSandboxStats {
 		}
 	}
 	if a.guest != nil {
-		linux.Process = &runtimeapi.ProcessUsage{Timestamp: now.UnixNano(), ProcessCount: value(a.guest.GetGuest().GetProcessCount())}
-		linux.Io = &runtimeapi.IoUsage{Timestamp: now.UnixNano(), Psi: psi(a.guest.GetGuest().GetIoPressure())}
+		linux.Process = &runtimeapi.ProcessUsage{Timestamp: a.at.UnixNano(), ProcessCount: value(a.guest.GetGuest().GetProcessCount())}
+		linux.Io = &runtimeapi.IoUsage{Timestamp: a.at.UnixNano(), Psi: psi(a.guest.GetGuest().GetIoPressure())}
 	}
 	for _, c := range p.rt.containersOf(p.id) {
 		if c.rec.Status().running() {

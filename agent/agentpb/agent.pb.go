@@ -2918,7 +2918,7 @@ type StatsResponse struct {
 	state        protoimpl.MessageState `protogen:"open.v1"`
 	TimeUnixNano int64                  `protobuf:"varint,1,opt,name=time_unix_nano,json=timeUnixNano,proto3" json:"time_unix_nano,omitempty"`
 	Containers   []*ContainerStats      `protobuf:"bytes,2,rep,name=containers,proto3" json:"containers,omitempty"`
-	// The whole guest.
+	// The whole guest: of one that runs containers, how many processes they have and the pressure on its disks.
 	Guest         *CgroupStats `protobuf:"bytes,3,opt,name=guest,proto3" json:"guest,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -95,7 +96,7 @@ func cgroupProcs(dir string) ([]int, error) {
 		if err != nil || !d.IsDir() {
 			return err
 		}
-		data, err := os.ReadFile(filepath.Join(path, "cgroup.procs"))
+		data, err := readKernel(filepath.Join(path, "cgroup.procs"))
 		if err != nil {
 			return err
 		}
@@ -115,17 +116,42 @@ func cgroupProcs(dir string) ([]int, error) {
 // oomKills is how many processes of the cgroup the kernel has killed for want of memory.
 func oomKills(dir string) uint64 { return readFlat(filepath.Join(dir, "memory.events"))["oom_kill"] }
 
-// readFlat reads a file of lines "KEY NUMBER". What is not there reads as empty.
-func readFlat(path string) map[string]uint64 {
-	data, err := os.ReadFile(path)
+// readKernel reads a file that the kernel makes, by as few system calls as that takes: whoever asks for statistics does so often, and in a guest
+// that is emulated each costs something.
+func readKernel(path string) ([]byte, error) {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	defer unix.Close(fd)
+	for data := make([]byte, 0, 4096); ; data = slices.Grow(data, 4096) {
+		n, err := unix.Read(fd, data[len(data):cap(data)])
+		if err != nil {
+			return nil, &os.PathError{Op: "read", Path: path, Err: err}
+		}
+		if n == 0 {
+			return data, nil
+		}
+		data = data[:len(data)+n]
+	}
+}
+
+// readFlat reads some numbers of a file of lines "KEY NUMBER", or all. What is not there reads as empty.
+func readFlat(path string, wanted ...string) map[string]uint64 {
+	data, err := readKernel(path)
 	if err != nil {
 		return nil
 	}
-	values := make(map[string]uint64)
-	for line := range strings.Lines(string(data)) {
-		if key, val, ok := strings.Cut(strings.TrimSpace(line), " "); ok {
-			if n, err := strconv.ParseUint(strings.Fields(val)[0], 10, 64); err == nil {
-				values[strings.TrimSuffix(key, ":")] = n
+	values := make(map[string]uint64, len(wanted))
+	for line := range bytes.Lines(data) {
+		key, val, _ := bytes.Cut(line, []byte(" "))
+		name := strings.TrimSuffix(string(key), ":")
+		if len(wanted) > 0 && !slices.Contains(wanted, name) {
+			continue
+		}
+		if fields := bytes.Fields(val); len(fields) > 0 {
+			if n, err := strconv.ParseUint(string(fields[0]), 10, 64); err == nil {
+				values[name] = n
 			}
 		}
 	}
@@ -134,7 +160,7 @@ func readFlat(path string) map[string]uint64 {
 
 // readNumber reads a file of one number. It tells false for "max" and for a file that is not there.
 func readNumber(path string) (uint64, bool) {
-	data, err := os.ReadFile(path)
+	data, err := readKernel(path)
 	if err != nil {
 		return 0, false
 	}
@@ -162,7 +188,8 @@ func cgroupStats(dir string) *agentpb.CgroupStats {
 
 func readMemory(st *agentpb.CgroupStats, dir string) {
 	file := func(name string) string { return filepath.Join(dir, name) }
-	mem, events := readFlat(file("memory.stat")), readFlat(file("memory.events"))
+	mem := readFlat(file("memory.stat"), "anon", "file", "kernel", "file_mapped", "active_file", "inactive_file", "pgfault", "pgmajfault")
+	events := readFlat(file("memory.events"), "max", "oom_kill")
 	st.MemoryUsageBytes, _ = readNumber(file("memory.current"))
 	st.MemoryMaxUsageBytes, _ = readNumber(file("memory.peak"))
 	st.MemoryWorkingSetBytes = lessOrZero(st.MemoryUsageBytes, mem["inactive_file"])
@@ -217,7 +244,7 @@ func guestStats() *agentpb.CgroupStats {
 	st.MemoryRssBytes = info["AnonPages"]
 	st.SwapUsageBytes = lessOrZero(info["SwapTotal"], info["SwapFree"])
 	st.SwapAvailableBytes = info["SwapFree"]
-	vm := readFlat("/proc/vmstat")
+	vm := readFlat("/proc/vmstat", "pgfault", "pgmajfault")
 	st.PageFaults, st.MajorPageFaults = vm["pgfault"], vm["pgmajfault"]
 	st.ProcessCount = processesIn(filepath.Join(cgroupMount, podCgroup))
 	st.CpuPressure = readPressure("/proc/pressure/cpu")
@@ -255,7 +282,7 @@ func lessOrZero(a, b uint64) uint64 {
 
 // readIO reads lines of "MAJ:MIN rbytes=N wbytes=N rios=N wios=N ...", one for each disk.
 func readIO(path string) []*agentpb.DiskIO {
-	data, err := os.ReadFile(path)
+	data, err := readKernel(path)
 	if err != nil {
 		return nil
 	}
@@ -277,7 +304,7 @@ func readIO(path string) []*agentpb.DiskIO {
 
 // readPressure reads lines of "some avg10=N avg60=N avg300=N total=N". It gives nil where the kernel has none.
 func readPressure(path string) *agentpb.Pressure {
-	data, err := os.ReadFile(path)
+	data, err := readKernel(path)
 	if err != nil || len(data) == 0 {
 		return nil
 	}

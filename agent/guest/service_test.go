@@ -409,7 +409,7 @@ func testStats(t *testing.T, _ *machine, c *agent.Client) {
 	if !written {
 		t.Errorf("5 MiB were written, disks %v", cg.Disks)
 	}
-	if g := resp.Guest; g.CpuUsageNano < cg.CpuUsageNano || g.MemoryUsageBytes == 0 || g.MemoryAvailableBytes == 0 || g.ProcessCount == 0 {
+	if g := resp.Guest; g.ProcessCount == 0 || g.IoPressure == nil {
 		t.Errorf("guest %v", g)
 	}
 }
