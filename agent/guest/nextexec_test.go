@@ -168,7 +168,8 @@ func testNextExec(t *testing.T, _ *machine, c *agent.Client) {
 	}
 
 	// One that has been killed is not waited for.
-	w.do("kill -9 " + w.next())
+	pid = w.next()
+	w.do(fmt.Sprintf("kill -9 %s; while kill -0 %s 2>/dev/null; do sleep 0.1; done", pid, pid))
 	ref = startExec(t, c, "held", "killed", sh("echo here"), false)
 	if stdout, _, st := readAll(t, c, ref); stdout != "here\n" || st.ExitCode != 0 {
 		t.Errorf("after the crun was killed: stdout %q, state %v", stdout, st)
