@@ -1,8 +1,10 @@
 package node
 
 import (
+	"bytes"
 	"context"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 
@@ -13,6 +15,16 @@ import (
 
 // Metrics are vmruntime's own metrics, by name.
 func (n *Node) Metrics(ctx context.Context) (map[string]*dto.MetricFamily, error) {
+	page, err := n.MetricsPage(ctx)
+	if err != nil {
+		return nil, err
+	}
+	parser := expfmt.NewTextParser(model.UTF8Validation)
+	return parser.TextToMetricFamilies(bytes.NewReader(page))
+}
+
+// MetricsPage is the text that vmruntime tells its metrics in.
+func (n *Node) MetricsPage(ctx context.Context) ([]byte, error) {
 	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		var d net.Dialer
 		return d.DialContext(ctx, "unix", n.MetricsSocket())
@@ -30,6 +42,5 @@ func (n *Node) Metrics(ctx context.Context) (map[string]*dto.MetricFamily, error
 	if resp.StatusCode != http.StatusOK {
 		return nil, fmt.Errorf("GET /metrics: %s", resp.Status)
 	}
-	parser := expfmt.NewTextParser(model.UTF8Validation)
-	return parser.TextToMetricFamilies(resp.Body)
+	return io.ReadAll(resp.Body)
 }

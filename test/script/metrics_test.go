@@ -2,10 +2,8 @@ package script
 
 import (
 	"bufio"
-	"context"
+	"bytes"
 	"fmt"
-	"net"
-	"net/http"
 	"slices"
 	"strconv"
 	"strings"
@@ -32,26 +30,13 @@ func metricCommand(w *world, args []string) (string, error) {
 
 // metric is the sum of the samples that begin so.
 func (w *world) metric(sample string) (sum float64, err error) {
-	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		var d net.Dialer
-		return d.DialContext(ctx, "unix", w.bed.MetricsSocket())
-	}}
-	defer transport.CloseIdleConnections()
 	ctx, cancel := call()
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://vmruntime/metrics", nil)
+	page, err := w.bed.MetricsPage(ctx)
 	if err != nil {
 		return 0, err
 	}
-	resp, err := transport.RoundTrip(req)
-	if err != nil {
-		return 0, err
-	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		return 0, fmt.Errorf("GET /metrics: %s", resp.Status)
-	}
-	lines := bufio.NewScanner(resp.Body)
+	lines := bufio.NewScanner(bytes.NewReader(page))
 	for lines.Scan() {
 		i := strings.LastIndexByte(lines.Text(), ' ')
 		if i < 0 || !strings.HasPrefix(lines.Text(), sample) {
