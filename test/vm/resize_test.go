@@ -137,7 +137,7 @@ func TestResizeUpAndDown(t *testing.T) {
 	if err := b.StartVMRuntime(ctx); err != nil {
 		t.Fatal(err)
 	}
-	if s := p.vmSize(); s.VCPUs != 2 || s.Size.VCPUs < 2 || s.Size.PluggedBytes != 192<<20 {
+	if s := p.vmSize(); s.VCPUs != 2 || s.Size.VCPUs != ahead(2) || s.Size.PluggedBytes != 192<<20 {
 		t.Errorf("after a restart of the daemon the VM is %+v, want 2 vCPUs and 192 MiB that are plugged", s)
 	}
 	c.expect("nproc", "2")
